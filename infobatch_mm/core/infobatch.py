@@ -1,0 +1,211 @@
+"""Dynamic data pruning for any PyTorch loop."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from .distributed import rank, world_size
+from .policies import PruningPolicy, build_policy
+from .pruner import Pruner
+from .sampler import PlanSampler
+from .schedule import EpochSchedule
+
+
+class InfoBatch:
+    """InfoBatch for a training loop of your own.
+
+    Skips a share of the samples that the model already knows in each pass and rescales the loss of the
+    others so that the gradient stays unbiased (Qin et al., "InfoBatch: Lossless Training Speed Up by
+    Unbiased Dynamic Data Pruning", ICLR 2024).
+
+    Args:
+        num_samples (int): Size of the data set, at least 1.
+        num_epochs (int): Passes over the data in the whole training, at least 1.
+        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which every sample is visited, in (0, 1].
+            Defaults to 0.875.
+        policy (str | PruningPolicy): ``'infobatch'``, ``'none'``, or a policy of your own.
+            Defaults to ``'infobatch'``.
+        seed (int): Seed of the draws, the same on every process. Defaults to 0.
+        batch_size (int, optional): Global batch size, over all processes; pruned passes then consist of
+            full batches only. Without it the last batch of a pass is the loader's affair.
+        shuffle (bool): Whether passes are in random order. Defaults to True.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> infobatch = InfoBatch(4, num_epochs=2, seed=0)
+        >>> data = infobatch.attach(["a", "b", "c", "d"])
+        >>> for epoch in range(2):
+        ...     for i in infobatch.sampler:
+        ...         index, item = data[i]
+        ...         loss = infobatch.weigh(torch.tensor([1.0]), [index])
+        >>> infobatch.summary()["passes_done"]
+        2
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_epochs: int,
+        prune_ratio: float = 0.5,
+        delta: float = 0.875,
+        *,
+        policy: str | PruningPolicy = "infobatch",
+        seed: int = 0,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        if num_samples < 1:
+            raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it is the global batch size and must be at least 1")
+        world = world_size()
+        if batch_size is not None and batch_size % world:
+            raise ValueError(f"batch_size={batch_size} is the global batch size and must divide by {world} processes")
+        chosen = build_policy(policy, prune_ratio, delta)
+        # Without a batch size the kept count need only divide among the processes.
+        schedule = EpochSchedule(num_samples, num_epochs, batch_size=batch_size or world)
+        self._pruner = Pruner(schedule, chosen, seed, shuffle)
+        self._sampler = _WalkSampler(self._pruner, rank(), world)
+
+    def attach(self, dataset: Any) -> Dataset:
+        """Wrap a map-style data set so that its items come as ``(index, item)``.
+
+        Raises:
+            ValueError: If its length is not ``num_samples``, or if it is an iterable data set.
+        """
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"{type(dataset).__name__} is an iterable data set: pruning must choose samples by index; use a "
+                "map-style data set with __len__ and __getitem__"
+            )
+        if len(dataset) != self._pruner.schedule.num_samples:
+            raise ValueError(
+                f"this InfoBatch was made for {self._pruner.schedule.num_samples} samples, the data set has "
+                f"{len(dataset)}"
+            )
+        return _IndexedItems(dataset)
+
+    @property
+    def sampler(self) -> Sampler[int]:
+        """The sampler to give to the ``DataLoader``; each walk is one pass."""
+        return self._sampler
+
+    def weigh(self, losses: Tensor, index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+        """Weigh the losses of a batch and record them as scores.
+
+        Args:
+            losses (Tensor): Per-sample losses, shape ``(B,)``, any float dtype, on any device; e.g. from a
+                criterion with ``reduction='none'``. Left untouched.
+            index (Tensor | ndarray | Sequence[int]): Their sample indices, shape ``(B,)``, as
+                :meth:`attach` delivered them.
+
+        Returns:
+            Tensor: Scalar ``mean(weight * loss)``, to call ``backward()`` on. NaN and infinite losses are
+            not recorded as scores.
+
+        Raises:
+            ValueError: If the shapes do not fit or an index is not part of the current pass.
+        """
+        if losses.dim() != 1:
+            raise ValueError(
+                f"weigh() needs one loss per sample, shape (B,), but got shape {tuple(losses.shape)}: use "
+                "reduction='none' and average over all but the first dimension"
+            )
+        index = torch.as_tensor(index)
+        if index.shape != losses.shape:
+            raise ValueError(f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}")
+        if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
+        index = index.to(torch.int64)
+        padding = index < 0
+        real = torch.where(padding, -1 - index, index)
+        weights = torch.where(padding, 0.0, self._pruner.weights(real)).to(losses.device)
+        self._pruner.record(real, losses, valid=~padding.to(losses.device))
+        weighted = (weights * losses).mean() * self._sampler.tail_scale(len(index))
+        self._pruner.advance(len(index) * self._sampler.world)
+        if self._pruner.pass_done:
+            self._sampler.end_pass()
+        return weighted
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``."""
+        return self._pruner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the next unvisited position of the same plan.
+
+        Raises:
+            ValueError: If the state belongs to another data set or policy, or to a newer version.
+        """
+        self._pruner.load_state_dict(state)
+
+    def summary(self) -> dict[str, Any]:
+        """Policy, passes, visits, saved share and one entry per pass, as plain numbers."""
+        return self._pruner.summary()
+
+
+class _WalkSampler(PlanSampler):
+    """A plan sampler that knows when a pass is over from how its walks went.
+
+    A pass is over when all its visits were weighed, or when a new walk starts after the last one was
+    walked to its end (a ``drop_last`` loader leaves a tail unweighed). What was handed out and not
+    weighed counts for nothing, so a peek at a loader is free.
+    """
+
+    def __init__(self, pruner: Pruner, rank: int, world: int) -> None:
+        super().__init__(pruner, rank, world)
+        self._walked = False
+
+    def __iter__(self) -> Iterator[int]:
+        if self._walked:
+            self.end_pass()
+        return self._walk()
+
+    def _walk(self) -> Iterator[int]:
+        current = self.pruner.pass_index
+        yield from super().__iter__()
+        # Worker processes read ahead: a peek at a small data set walks to the end with nothing weighed.
+        read_ahead = self.pruner.visited == 0 and bool(multiprocessing.active_children())
+        if current == self.pruner.pass_index and not read_ahead:
+            self._walked = True
+
+    def end_pass(self) -> None:
+        """Book the pass and forget its walk."""
+        self._walked = False
+        self.pruner.finish_pass()
+
+    def tail_scale(self, batch: int) -> float:
+        """Factor that makes the mean over processes the mean over the real visits of this batch."""
+        missing = -len(self.pruner.begin_pass()) % self.world
+        is_last = self.pruner.visited + batch * self.world >= len(self.pruner.begin_pass())
+        return batch * self.world / (batch * self.world - missing) if missing and is_last else 1.0
+
+    def _share(self, indices: Tensor) -> Tensor:
+        # Where the plan does not divide, repeated visits are marked by a negative index: they weigh 0.
+        missing = -len(indices) % self.world
+        if missing:
+            indices = torch.cat([indices, -1 - indices[:1].repeat(missing)])
+        return super()._share(indices)
+
+
+class _IndexedItems(Dataset):
+    """Items as ``(index, item)``; a negative index marks a padding visit and is passed on as it is."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index if index >= 0 else -1 - index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)

@@ -1,0 +1,93 @@
+"""A plan: which samples one pass visits, in which order, and the weight of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One pass over the data.
+
+    Attributes:
+        indices (Tensor): Samples in the order of their visits, shape ``(K,)``, int64.
+        weights (Tensor): Weight of each visit, shape ``(K,)``, float32: the inverse of the chance with
+            which the draw included it, 1 for samples that were certain to be kept.
+        pruned (bool): Whether the policy left samples out. A full pass is not pruned, even where the
+            host's ``drop_last`` leaves a remainder unvisited.
+        threshold (float, optional): Score below which a sample counts as well learned in this pass.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    pruned: bool
+    threshold: float | None = None
+
+    def __len__(self) -> int:
+        return self.indices.numel()
+
+    def first(self, visits: int) -> Plan:
+        """The plan cut after its first ``visits`` visits; a random part of it, as plans are shuffled."""
+        if visits >= len(self):
+            return self
+        return Plan(self.indices[:visits].clone(), self.weights[:visits].clone(), self.pruned, self.threshold)
+
+
+def full_plan(num_samples: int, generator: torch.Generator, shuffle: bool = True) -> Plan:
+    """Every sample once with weight 1, in random order unless ``shuffle`` is False.
+
+    Args:
+        num_samples (int): Size N of the data set.
+        generator (torch.Generator): Source of the order.
+        shuffle (bool): Whether to draw an order. Defaults to True.
+
+    Returns:
+        Plan: N visits.
+    """
+    order = torch.randperm(num_samples, generator=generator) if shuffle else torch.arange(num_samples)
+    return Plan(order, torch.ones(num_samples), pruned=False)
+
+
+def thinned_plan(
+    well_learned: Tensor,
+    num_kept: int,
+    generator: torch.Generator,
+    threshold: float | None = None,
+    shuffle: bool = True,
+) -> Plan:
+    """Keep exactly ``num_kept`` of the well-learned samples and all others.
+
+    Each of the n well-learned samples is included with probability k/n, so its weight n/k makes the
+    weighted sum over the plan an unbiased estimate of the sum over all samples (InfoBatch, eq. 6-9; the
+    published 1/(1-r) is exact only in expectation over k).
+
+    Args:
+        well_learned (Tensor): The candidates for pruning, shape ``(N,)``, bool.
+        num_kept (int): How many of them stay, 1 <= k <= n.
+        generator (torch.Generator): Source of the draw and of the order.
+        threshold (float, optional): Recorded in the plan.
+        shuffle (bool): Whether to visit in random order. Defaults to True.
+
+    Returns:
+        Plan: N - n + k visits.
+    """
+    num_samples = well_learned.numel()
+    # One permutation serves twice: it is the order of the visits, and its first k well-learned samples
+    # are a uniform draw of k out of n. int32 halves the memory traffic where it can hold the indices.
+    dtype = torch.int32 if num_samples < 2**31 else torch.int64
+    order = torch.randperm(num_samples, generator=generator, dtype=dtype)
+    candidate = well_learned[order]
+    candidate_positions = candidate.nonzero().squeeze(1)
+    num_candidates = candidate_positions.numel()
+    assert 1 <= num_kept <= num_candidates
+    keep = torch.ones(num_samples, dtype=torch.bool)
+    keep[candidate_positions[num_kept:]] = False
+    indices = order[keep].to(torch.int64)
+    if not shuffle:
+        indices = indices.sort().values
+    weights = torch.ones(indices.numel())
+    weights[well_learned[indices]] = num_candidates / num_kept
+    return Plan(indices, weights, pruned=num_kept < num_candidates, threshold=threshold)

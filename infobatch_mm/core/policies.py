@@ -1,0 +1,168 @@
+"""Pruning policies: from scores to a plan."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Plan, thinned_plan
+
+
+class PruningPolicy(ABC):
+    """Decides which samples a pass visits.
+
+    A policy is stateless: what it needs is passed in, so that every rank and every resumed run draws
+    the same plan.
+    """
+
+    #: Name under which users select the policy and checkpoints record it.
+    name: str
+
+    @abstractmethod
+    def is_active(self, progress: float) -> bool:
+        """Whether passes that start at ``progress`` (share of the whole training, in [0, 1)) are pruned."""
+
+    @abstractmethod
+    def draw(
+        self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
+    ) -> Plan | None:
+        """Draw the plan of one pass.
+
+        Args:
+            scores (Tensor): Last score of every sample, shape ``(N,)``, float32, finite where seen.
+            seen (Tensor): Which samples have a score, shape ``(N,)``, bool. The others are never pruned.
+            generator (torch.Generator): The only source of randomness.
+            multiple_of (int): Number that the count of visits should be a multiple of, 1 for any.
+            shuffle (bool): Whether the visits are to be in random order.
+
+        Returns:
+            Plan | None: The plan, or None where nothing can be pruned: the pass is then a full one.
+        """
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the policy in checkpoints and summaries: its name and arguments."""
+        return {"policy": self.name}
+
+
+class InfoBatchPolicy(PruningPolicy):
+    """InfoBatch (Qin et al., ICLR 2024): soft pruning below the mean score, rescaling, annealing.
+
+    A sample whose last loss is below the mean of all seen samples is well learned and skipped with
+    probability ``prune_ratio`` (eq. 3); the kept ones weigh n/k (eq. 6). After the share ``delta`` of
+    the training every sample is visited (annealing). Differences from the reference code: the draw is of
+    an exact count with its true inverse inclusion probability as weight, unseen samples take no part in
+    the mean and are never pruned.
+
+    Args:
+        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    name = "infobatch"
+
+    def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875) -> None:
+        if not _is_number(prune_ratio) or not 0 <= prune_ratio < 1:
+            raise ValueError(
+                f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the chance that a well-learned sample is "
+                "skipped; use 0.5 as in the paper, or 0 for full passes"
+            )
+        if not _is_number(delta) or not 0 < delta <= 1:
+            raise ValueError(
+                f"delta={delta!r} is outside (0, 1]: it is the share of the training after which pruning stops; "
+                "use 0.875 as in the paper, or 1 to prune to the end"
+            )
+        self.prune_ratio = float(prune_ratio)
+        self.delta = float(delta)
+
+    def is_active(self, progress: float) -> bool:
+        # The tolerance keeps 0.7 * 10 passes at seven: binary fractions must not add a pruned pass.
+        return self.prune_ratio > 0 and progress < self.delta - 1e-9
+
+    def draw(
+        self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
+    ) -> Plan | None:
+        num_seen = int(seen.sum())
+        if num_seen == 0:
+            return None
+        # Unseen samples hold 0, so the sum over all is the sum over the seen ones.
+        threshold = float(scores.sum(dtype=torch.float64)) / num_seen
+        well_learned = (scores < threshold) & seen
+        num_candidates = int(well_learned.sum())
+        num_kept = kept_count(num_candidates, scores.numel() - num_candidates, self.prune_ratio, multiple_of)
+        if num_kept == num_candidates:
+            return None
+        return thinned_plan(well_learned, num_kept, generator, threshold=threshold, shuffle=shuffle)
+
+    def settings(self) -> dict[str, Any]:
+        return {"policy": self.name, "prune_ratio": self.prune_ratio, "delta": self.delta}
+
+
+class NoPruning(PruningPolicy):
+    """Every sample in every pass with weight 1; scores are still recorded."""
+
+    name = "none"
+
+    def is_active(self, progress: float) -> bool:
+        return False
+
+    def draw(
+        self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
+    ) -> Plan | None:
+        return None
+
+
+def kept_count(num_candidates: int, num_others: int, prune_ratio: float, multiple_of: int) -> int:
+    """How many of the candidates to keep: near ``(1 - r) * n``, and such that the visits divide.
+
+    Args:
+        num_candidates (int): Number n of well-learned samples.
+        num_others (int): Number of samples that are kept for certain.
+        prune_ratio (float): r in [0, 1).
+        multiple_of (int): Number m that ``num_others`` + k shall be a multiple of.
+
+    Returns:
+        int: k in [1, n], the nearest to ``(1 - r) * n`` that divides; n itself where no k divides (only
+        possible for n < m) or where n is 0: the pass is then a full one, which is unbiased as well.
+    """
+    target = num_candidates * (1 - prune_ratio)
+    lower = math.floor((num_others + target) / multiple_of) * multiple_of - num_others
+    fitting = [k for k in (lower, lower + multiple_of) if 1 <= k <= num_candidates]
+    return min(fitting, key=lambda k: abs(k - target), default=num_candidates)
+
+
+_POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy, NoPruning)}
+
+
+def build_policy(policy: str | PruningPolicy, prune_ratio: float = 0.5, delta: float = 0.875) -> PruningPolicy:
+    """Turn the user's choice into a policy.
+
+    Args:
+        policy (str | PruningPolicy): ``'infobatch'``, ``'none'``, or a policy of the user's own.
+        prune_ratio (float): r in [0, 1); see :class:`InfoBatchPolicy`. Defaults to 0.5.
+        delta (float): In (0, 1]; see :class:`InfoBatchPolicy`. Defaults to 0.875.
+
+    Returns:
+        PruningPolicy: The policy.
+
+    Raises:
+        ValueError: For an unknown name or an argument out of range.
+    """
+    checked = InfoBatchPolicy(prune_ratio, delta)
+    if isinstance(policy, PruningPolicy):
+        return policy
+    if policy == InfoBatchPolicy.name:
+        return checked
+    if policy not in _POLICIES:
+        raise ValueError(f"unknown policy {policy!r}: choose one of {sorted(_POLICIES)} or pass a PruningPolicy")
+    return _POLICIES[policy]()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,325 @@
+"""The state machine of a pruned training: scores, the plan in flight, the position in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plan import Plan, full_plan
+from .policies import PruningPolicy
+from .schedule import Schedule
+from .scores import ScoreStore
+
+STATE_VERSION = 1
+
+
+class Pruner:
+    """Draws the plan of each pass, hands out its weights, takes the scores, keeps the books.
+
+    A pass goes: :meth:`begin_pass`, then for each batch :meth:`weights`, :meth:`record` and
+    :meth:`advance`, then :meth:`finish_pass`. Hosts differ only in who calls these.
+
+    Args:
+        schedule (Schedule): The host's training as passes over the data.
+        policy (PruningPolicy): What to visit.
+        seed (int): Seed of all draws, the same on every process. Defaults to 0.
+        shuffle (bool): Whether passes are in random order. Defaults to True.
+        fingerprint (str): Identifies the data set beyond its length; compared on resume.
+
+    Attributes:
+        store (ScoreStore): The scores.
+        plan (Plan, optional): The plan in flight.
+        pass_index (int): Number of finished passes.
+        visited (int): Visits of the plan in flight that are done, over all processes.
+        history (list[dict]): One entry per finished pass: ``pass, kept, kept_ratio, threshold, score_mean``.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        policy: PruningPolicy,
+        seed: int = 0,
+        shuffle: bool = True,
+        fingerprint: str = "",
+    ) -> None:
+        self.schedule = schedule
+        self.policy = policy
+        self.seed = int(seed)
+        self.shuffle = shuffle
+        self.fingerprint = fingerprint
+        self.store = ScoreStore(schedule.num_samples)
+        self.plan: Plan | None = None
+        self.pass_index = 0
+        self.visited = 0
+        self.history: list[dict[str, Any]] = []
+        self._dense: dict[torch.device, Tensor] = {}
+
+    # ---- a pass -----------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole schedule is done."""
+        return self.pass_index >= self.schedule.num_passes
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the policy prunes the current pass."""
+        return self.policy.is_active(self.schedule.progress(self.pass_index))
+
+    def begin_pass(self) -> Plan:
+        """The plan of the current pass: the one in flight, else a new one drawn from the scores."""
+        if self.plan is None:
+            self.store.flush()
+            generator = self._generator()
+            plan = None
+            if self.is_active:
+                plan = self.policy.draw(
+                    self.store.values, self.store.seen, generator, self.schedule.batch_size, self.shuffle
+                )
+            if plan is None:
+                plan = full_plan(self.schedule.num_samples, generator, self.shuffle)
+            self._set_plan(self.schedule.fit(plan, self.pass_index))
+        assert self.plan is not None
+        return self.plan
+
+    def weights(self, indices: Tensor) -> Tensor:
+        """Weights of visits of the plan in flight.
+
+        Args:
+            indices (Tensor): Sample indices, shape ``(B,)``, int64, on any device.
+
+        Returns:
+            Tensor: Shape ``(B,)``, float32, on the same device.
+
+        Raises:
+            ValueError: If no pass is in flight or, for indices on the CPU, if one is not part of it.
+        """
+        if self.plan is None:
+            raise ValueError("no pass is in flight: walk the sampler before weighing a batch")
+        on_cpu = indices.device.type == "cpu"
+        if on_cpu and bool(((indices < 0) | (indices >= self.schedule.num_samples)).any()):
+            raise ValueError(
+                f"sample index {_first(indices, (indices < 0) | (indices >= self.schedule.num_samples))} is outside "
+                f"the data set of {self.schedule.num_samples} samples"
+            )
+        weights = self._dense_weights(indices.device)[indices]
+        # A look at CPU memory costs nothing; on a device it would make the step wait.
+        if on_cpu and bool((weights == 0).any()):
+            raise ValueError(
+                f"sample index {_first(indices, weights == 0)} is not part of pass {self.pass_index}: weigh each "
+                "batch during the pass whose sampler handed it out"
+            )
+        return weights
+
+    def record(self, indices: Tensor, losses: Tensor, valid: Tensor | None = None) -> None:
+        """Take unweighted per-sample losses as scores; see :meth:`ScoreStore.record`."""
+        self.store.record(indices, losses, valid)
+
+    def advance(self, visits: int) -> None:
+        """Count visits of the plan in flight, over all processes."""
+        self.visited += visits
+
+    @property
+    def pass_done(self) -> bool:
+        """Whether every visit of the plan in flight is done."""
+        return self.plan is not None and self.visited >= len(self.plan)
+
+    @property
+    def batches(self) -> int:
+        """Iterations that walk the whole plan in flight."""
+        return self.schedule.batches(self.begin_pass(), self.pass_index)
+
+    @property
+    def batches_done(self) -> int:
+        """Iterations of the plan in flight that are done."""
+        return min(self.batches, -(-self.visited // self.schedule.batch_size))
+
+    def finish_pass(self) -> dict[str, Any]:
+        """Merge the scores over processes, book the pass, move on to the next.
+
+        Every process must call it. Returns the entry of :attr:`history`.
+        """
+        self.store.merge()
+        kept = self.visited if self.plan is None else min(self.visited, len(self.plan))
+        entry = {
+            "pass": self.pass_index,
+            "kept": kept,
+            "kept_ratio": kept / self.schedule.full_visits(self.pass_index),
+            "threshold": None if self.plan is None else self.plan.threshold,
+            "score_mean": self.score_mean,
+        }
+        self.history.append(entry)
+        self._set_plan(None)
+        self.pass_index += 1
+        self.visited = 0
+        return entry
+
+    def observe(self, visits: int) -> None:
+        """Count visits that a host makes by its own sampler, and book its passes."""
+        visited = self.visited + visits
+        while not self.finished and visited >= (whole := self.schedule.full_visits(self.pass_index)):
+            self.visited = whole
+            self.finish_pass()
+            visited -= whole
+        self.visited = visited
+
+    # ---- books ------------------------------------------------------------------------------------
+
+    @property
+    def score_mean(self) -> float | None:
+        """Mean score of the seen samples, None while there is none."""
+        num_seen = int(self.store.seen.sum())
+        return float(self.store.values.sum(dtype=torch.float64)) / num_seen if num_seen else None
+
+    @property
+    def samples_seen(self) -> int:
+        """Visits made so far, over all processes."""
+        return sum(entry["kept"] for entry in self.history) + self.visited
+
+    @property
+    def samples_full(self) -> int:
+        """Visits that the unpruned run would have made at the same progress."""
+        full = sum(self.schedule.full_visits(p) for p in range(min(self.pass_index, self.schedule.num_passes)))
+        if self.plan is None:
+            return full + self.visited
+        return full + self.schedule.full_visits(self.pass_index) * self.visited // max(1, len(self.plan))
+
+    @property
+    def saved_ratio(self) -> float:
+        """Share of visits avoided so far, in [0, 1)."""
+        return 1 - self.samples_seen / self.samples_full if self.samples_full else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """The books as plain numbers, ready for JSON."""
+        settings = {"policy": self.policy.name, "prune_ratio": None, "delta": None, **self.policy.settings()}
+        total = self.schedule.total_samples / self.schedule.num_samples
+        return {
+            **settings,
+            "num_samples": self.schedule.num_samples,
+            "passes_done": self.pass_index,
+            "passes_total": int(total) if total.is_integer() else total,
+            "samples_seen": self.samples_seen,
+            "samples_full": self.samples_full,
+            "saved_ratio": self.saved_ratio,
+            "nonfinite_losses": self.store.num_nonfinite,
+            "unusable_samples": self.store.num_invalid,
+            "seed": self.seed,
+            "per_pass": list(self.history),
+        }
+
+    # ---- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that cannot be recomputed: plain tensors and numbers, no collectives.
+
+        Call :meth:`ScoreStore.merge` on all processes first; what is not merged is this process's alone
+        and the state says so.
+        """
+        self.store.flush()
+        plan = self.plan
+        return {
+            "version": STATE_VERSION,
+            "num_samples": self.schedule.num_samples,
+            "fingerprint": self.fingerprint,
+            "settings": self.policy.settings(),
+            "seed": self.seed,
+            "unmerged": self.store.unmerged,
+            "scores": self.store.values.clone(),
+            "seen": self.store.seen.clone(),
+            "times_seen": self.store.times_seen.clone(),
+            "num_nonfinite": self.store.num_nonfinite,
+            "num_invalid": self.store.num_invalid,
+            "pass_index": self.pass_index,
+            "visited": self.visited,
+            "plan": None
+            if plan is None
+            else {
+                "indices": plan.indices,
+                "weights": plan.weights,
+                "pruned": plan.pruned,
+                "threshold": plan.threshold,
+            },
+            "history": [dict(entry) for entry in self.history],
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that belongs to another run.
+
+        Raises:
+            ValueError: With both values, for a newer version, another data set or another policy, or if
+                the state is damaged.
+        """
+        version = state.get("version")
+        if not isinstance(version, int) or version > STATE_VERSION:
+            raise ValueError(
+                f"cannot resume: the checkpoint's InfoBatch state has version {version!r}, this package reads "
+                f"versions up to {STATE_VERSION}; update infobatch_mm"
+            )
+        if state["num_samples"] != self.schedule.num_samples:
+            raise ValueError(
+                f"cannot resume: the checkpoint scores {state['num_samples']} samples, this data set has "
+                f"{self.schedule.num_samples}; resume with the data set it was trained on"
+            )
+        if state["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                "cannot resume: the checkpoint scores a data set with other sample names (fingerprint "
+                f"{state['fingerprint']!r}, this data set has {self.fingerprint!r}); resume with the data set it was "
+                "trained on"
+            )
+        settings = self.policy.settings()
+        if state["settings"] != settings:
+            raise ValueError(
+                f"cannot resume: the checkpoint was pruned with {dict(state['settings'])}, this run has {settings}; "
+                "use the same settings, or start a new run from its weights with load_from"
+            )
+        for key, dtype in (("scores", torch.float32), ("seen", torch.bool), ("times_seen", torch.int32)):
+            tensor = state.get(key)
+            if not isinstance(tensor, Tensor) or tensor.shape != (self.schedule.num_samples,) or tensor.dtype != dtype:
+                raise ValueError(f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused."""
+        self.check_state(state)
+        self.store.values.copy_(state["scores"])
+        self.store.seen.copy_(state["seen"])
+        self.store.times_seen.copy_(state["times_seen"])
+        self.store.num_nonfinite = int(state["num_nonfinite"])
+        self.store.num_invalid = int(state["num_invalid"])
+        self.seed = int(state["seed"])
+        self.pass_index = int(state["pass_index"])
+        plan = state["plan"]
+        self._set_plan(
+            None
+            if plan is None
+            else Plan(plan["indices"].cpu(), plan["weights"].cpu(), bool(plan["pruned"]), plan["threshold"])
+        )
+        self.visited = int(state["visited"])
+        self.history = [dict(entry) for entry in state["history"]]
+
+    # ---- internals --------------------------------------------------------------------------------
+
+    def _generator(self) -> torch.Generator:
+        # Hashing the pair keeps (seed 0, pass 1) apart from (seed 1, pass 0).
+        mixed = int(np.random.SeedSequence([self.seed, self.pass_index]).generate_state(1, np.uint64)[0])
+        return torch.Generator().manual_seed(mixed & (2**63 - 1))
+
+    def _set_plan(self, plan: Plan | None) -> None:
+        self.plan = plan
+        self._dense.clear()
+
+    def _dense_weights(self, device: torch.device) -> Tensor:
+        """Weights by sample index, 0 for samples that the plan leaves out."""
+        assert self.plan is not None
+        if device not in self._dense:
+            dense = torch.zeros(self.schedule.num_samples)
+            dense[self.plan.indices] = self.plan.weights
+            self._dense[device] = dense.to(device)
+        return self._dense[device]
+
+
+def _first(indices: Tensor, where: Tensor) -> int:
+    return int(indices[where][0])

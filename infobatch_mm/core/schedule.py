@@ -1,0 +1,148 @@
+"""Progress arithmetic: how passes of pruned data map onto the host's schedule.
+
+Progress is counted in samples of full data: a pass over N samples advances it by N, however many of them
+were visited. All arithmetic is in integers, so that a resumed run takes the very same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+from .plan import Plan
+
+
+class Schedule(ABC):
+    """The host's training, seen as passes over the data.
+
+    Args:
+        num_samples (int): Size N of the data set.
+        batch_size (int): Global batch size B, over all processes.
+
+    Attributes:
+        total_samples (int): Progress S of the whole training, in samples of full data.
+        num_passes (int): Number of passes; the last one may be partial.
+        total_steps (int): Iterations of the unpruned run, hence steps of its per-iteration schedulers.
+    """
+
+    total_samples: int
+    num_passes: int
+    total_steps: int
+
+    def __init__(self, num_samples: int, batch_size: int) -> None:
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+
+    def start(self, pass_index: int) -> int:
+        """Progress at the start of a pass: ``min(p * N, S)`` samples."""
+        return min(pass_index * self.num_samples, self.total_samples)
+
+    def progress(self, pass_index: int) -> float:
+        """Progress at the start of a pass as a share of the training, in [0, 1]."""
+        return self.start(pass_index) / self.total_samples
+
+    def steps_at(self, pass_index: int, done: int, batches: int) -> int:
+        """Scheduler steps that are due after ``done`` of the ``batches`` of a pass, advancing evenly.
+
+        Returns:
+            int: Exactly :meth:`steps_before` of the next pass when all batches are done.
+        """
+        before, after = self.steps_before(pass_index), self.steps_before(pass_index + 1)
+        return after if batches == 0 else before + (after - before) * done // batches
+
+    @abstractmethod
+    def steps_before(self, pass_index: int) -> int:
+        """Steps that the host's per-iteration schedulers have taken at the start of a pass."""
+
+    @abstractmethod
+    def fit(self, plan: Plan, pass_index: int) -> Plan:
+        """The part of a plan that the pass visits."""
+
+    @abstractmethod
+    def full_batches(self, pass_index: int) -> int:
+        """Iterations of a pass that is not pruned."""
+
+    @abstractmethod
+    def full_visits(self, pass_index: int) -> int:
+        """Visits that the unpruned run makes in the span of a pass."""
+
+    def batches(self, plan: Plan, pass_index: int) -> int:
+        """Iterations that walk a fitted plan."""
+        return len(plan) // self.batch_size if plan.pruned else self.full_batches(pass_index)
+
+
+class EpochSchedule(Schedule):
+    """A training of ``num_epochs`` whole passes.
+
+    Args:
+        num_samples (int): Size N of the data set.
+        num_epochs (int): Number of epochs of the host, at least 1.
+        batch_size (int): Global batch size B.
+        epoch_batches (int, optional): Iterations of one unpruned epoch, as the host's loader counts them.
+            Defaults to ceil(N / B).
+    """
+
+    def __init__(self, num_samples: int, num_epochs: int, batch_size: int, epoch_batches: int | None = None) -> None:
+        super().__init__(num_samples, batch_size)
+        if num_epochs < 1:
+            raise ValueError(f"num_epochs={num_epochs}: the training needs at least one pass over the data")
+        self._epoch_batches = math.ceil(num_samples / batch_size) if epoch_batches is None else epoch_batches
+        self.num_passes = num_epochs
+        self.total_samples = num_epochs * num_samples
+        self.total_steps = num_epochs * self._epoch_batches
+
+    def steps_before(self, pass_index: int) -> int:
+        return min(pass_index, self.num_passes) * self._epoch_batches
+
+    def fit(self, plan: Plan, pass_index: int) -> Plan:
+        return plan
+
+    def full_batches(self, pass_index: int) -> int:
+        return self._epoch_batches
+
+    def full_visits(self, pass_index: int) -> int:
+        return min(self.num_samples, self._epoch_batches * self.batch_size)
+
+
+class IterSchedule(Schedule):
+    """A training of ``max_iters`` iterations of the unpruned run: S = max_iters * B samples.
+
+    Full passes leave out a random remainder of N mod B samples, as ``drop_last`` does, so that every batch
+    is full. The last pass is partial where S is no multiple of N.
+
+    Args:
+        num_samples (int): Size N of the data set.
+        max_iters (int): Iterations of the host, at least 1.
+        batch_size (int): Global batch size B, at most N.
+
+    Raises:
+        ValueError: If a single batch is larger than the data set.
+    """
+
+    def __init__(self, num_samples: int, max_iters: int, batch_size: int) -> None:
+        super().__init__(num_samples, batch_size)
+        if max_iters < 1:
+            raise ValueError(f"max_iters={max_iters}: the training needs at least one iteration")
+        if batch_size > num_samples:
+            raise ValueError(
+                f"one global batch holds {batch_size} samples but the data set only {num_samples}: there is nothing "
+                "to prune within a pass; use a smaller batch size or repeat the data set"
+            )
+        self.total_samples = max_iters * batch_size
+        self.num_passes = math.ceil(self.total_samples / num_samples)
+        self.total_steps = max_iters
+
+    def steps_before(self, pass_index: int) -> int:
+        return self.start(pass_index) // self.batch_size
+
+    def fit(self, plan: Plan, pass_index: int) -> Plan:
+        # At least one batch: a remainder smaller than a batch still belongs to the host's iterations.
+        span = self.full_visits(pass_index)
+        batches = len(plan) * span // (self.num_samples * self.batch_size)
+        return plan.first(max(1, batches) * self.batch_size)
+
+    def full_batches(self, pass_index: int) -> int:
+        return max(1, self.full_visits(pass_index) // self.batch_size)
+
+    def full_visits(self, pass_index: int) -> int:
+        return self.start(pass_index + 1) - self.start(pass_index)

@@ -1,0 +1,119 @@
+"""The score of every sample: its last per-sample loss, and whether it has one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .distributed import all_gather_ragged, world_size
+
+# Pending records are moved to the store in blocks of this many batches, so that a step never waits
+# for the device and the list of pending tensors stays short.
+_FLUSH_EVERY = 256
+
+
+class ScoreStore:
+    """Scores of a data set of ``num_samples`` samples, on the CPU.
+
+    Recording is asynchronous: :meth:`record` keeps the tensors where they are and :meth:`flush` moves
+    them here in blocks, so that no step waits for its device.
+
+    Args:
+        num_samples (int): Size of the data set, at least 1.
+
+    Attributes:
+        values (Tensor): Last score of each sample, shape ``(num_samples,)``, float32; 0 where unseen.
+        seen (Tensor): Whether a sample has a score, shape ``(num_samples,)``, bool.
+        times_seen (Tensor): How often a score was recorded, shape ``(num_samples,)``, int32.
+        num_nonfinite (int): Losses that were NaN or infinite; never recorded.
+        num_invalid (int): Visits without a valid pixel, or of a replaced sample; never recorded.
+
+    Raises:
+        ValueError: If ``num_samples`` is smaller than 1.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        if num_samples < 1:
+            raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
+        self.num_samples = int(num_samples)
+        self.values = torch.zeros(num_samples, dtype=torch.float32)
+        self.seen = torch.zeros(num_samples, dtype=torch.bool)
+        self.times_seen = torch.zeros(num_samples, dtype=torch.int32)
+        self.num_nonfinite = 0
+        self.num_invalid = 0
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._unmerged: list[tuple[Tensor, Tensor]] = []
+
+    def record(self, indices: Tensor, losses: Tensor, valid: Tensor | None = None) -> None:
+        """Take the losses of one batch as the new scores of its samples.
+
+        Args:
+            indices (Tensor): Sample indices, shape ``(B,)``, int64, on any device.
+            losses (Tensor): Unweighted per-sample losses, shape ``(B,)``, on any device. Detached and
+                copied; the input is left alone.
+            valid (Tensor, optional): Which of them are to be recorded at all, shape ``(B,)``, bool.
+        """
+        losses = losses.detach().to(torch.float32, copy=True)
+        if valid is None:
+            valid = torch.ones_like(losses, dtype=torch.bool)
+        self._pending.append((indices, losses, valid))
+        if len(self._pending) >= _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Move all pending records into the store; the only place that waits for the device."""
+        if not self._pending:
+            return
+        index_list, loss_list, valid_list = zip(*self._pending, strict=True)
+        self._pending = []
+        indices = _join(index_list).to(torch.int64)
+        losses = _join(loss_list)
+        valid = _join(valid_list)
+        finite = torch.isfinite(losses)
+        self.num_invalid += int((~valid).sum())
+        self.num_nonfinite += int((valid & ~finite).sum())
+        usable = valid & finite
+        indices, losses = indices[usable], losses[usable]
+        self._write(indices, losses)
+        if world_size() > 1:
+            self._unmerged.append((indices, losses))
+
+    def merge(self) -> None:
+        """Exchange what each rank has recorded since the last merge; every rank must call it.
+
+        Afterwards all ranks hold the same scores. Calling it again changes nothing. Indices travel as
+        int64: a float tensor would round them above 2**24.
+        """
+        self.flush()
+        if world_size() == 1:
+            return
+        indices = torch.cat([i for i, _ in self._unmerged] or [torch.empty(0, dtype=torch.int64)])
+        losses = torch.cat([s for _, s in self._unmerged] or [torch.empty(0, dtype=torch.float32)])
+        self._unmerged = []
+        gathered_indices = all_gather_ragged(indices)
+        gathered_losses = all_gather_ragged(losses)
+        # Our own records are already counted: take them back and write all ranks' in rank order, so
+        # that a sample visited on two ranks ends with the same score everywhere.
+        np.subtract.at(self.times_seen.numpy(), indices.numpy(), 1)
+        for rank_indices, rank_losses in zip(gathered_indices, gathered_losses, strict=True):
+            self._write(rank_indices, rank_losses)
+
+    @property
+    def unmerged(self) -> bool:
+        """Whether this rank holds records that the other ranks have not seen yet."""
+        return bool(self._unmerged)
+
+    def _write(self, indices: Tensor, losses: Tensor) -> None:
+        # numpy's assignment keeps the last of repeated indices; torch does not promise which.
+        where = indices.numpy()
+        self.values.numpy()[where] = losses.numpy()
+        self.seen.numpy()[where] = True
+        np.add.at(self.times_seen.numpy(), where, 1)
+
+
+def _join(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Concatenate on the device where the tensors are, then move to the CPU in one copy."""
+    if len({t.device for t in tensors}) > 1:
+        return torch.cat([t.cpu() for t in tensors])
+    return torch.cat(tensors).cpu()

@@ -1,0 +1,421 @@
+"""The one line: a hook that wires pruning into a run of MMEngine's Runner."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_dist_info, master_only
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
+from torch.utils.data import DataLoader
+
+from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy
+from ..losses import LossWeigher, attach_views
+from . import rng
+from .loader import IndexedLoader, sample_name
+from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
+from .param_schedule import SchedulerPacer, renew_max_iters
+from .samplers import InfoBatchSampler, pass_loader
+from .summary import check_summary, write_scores, write_summary
+
+#: Key of our state in a checkpoint.
+STATE_KEY = "infobatch"
+
+# A fingerprint looks at this many names, evenly spread: enough to tell data sets of equal length apart.
+_FINGERPRINT_NAMES = 256
+
+
+
+@HOOKS.register_module()
+class InfoBatchHook(Hook):
+    """Trains on fewer samples: prunes well-learned ones in each pass, without bias.
+
+    Add it to ``custom_hooks``; it wires sample indices, the sampler, the loop, the per-sample losses, the
+    learning-rate schedule, logging and checkpoints of this run, and undoes it afterwards. Method:
+    InfoBatch (Qin et al., ICLR 2024).
+
+    Args:
+        prune_ratio (float, optional): Chance r that a well-learned sample is skipped, in [0, 1).
+            Defaults to 0.5, or to what a configured ``InfoBatchSampler`` says.
+        delta (float, optional): Share of the training after which every sample is visited, in (0, 1].
+            Defaults to 0.875, or as above.
+        policy (str | PruningPolicy, optional): ``'infobatch'``; ``'none'`` keeps the host's own sampler,
+            iterator and order and only records scores. Defaults to ``'infobatch'``, or as above.
+        seed (int, optional): Seed of the draws. Defaults to the runner's.
+        score_auxiliary (bool): Whether auxiliary heads count in a sample's score. They are weighed in any
+            case. Defaults to False.
+
+    Raises:
+        ValueError: Before training starts, for arguments out of range and for configs that cannot be
+            followed: see the table in the documentation.
+
+    Example:
+        >>> custom_imports = dict(imports=['infobatch_mm.engine'], allow_failed_imports=False)
+        >>> custom_hooks = [dict(type='InfoBatchHook', prune_ratio=0.5, delta=0.875)]
+    """
+
+    # After EMAHook, whose copy of the model is then a clean one, and before the scheduler and checkpoint
+    # hooks, which need the position that this hook counts.
+    priority = "BELOW_NORMAL"
+
+    def __init__(
+        self,
+        prune_ratio: float | None = None,
+        delta: float | None = None,
+        policy: str | PruningPolicy | None = None,
+        seed: int | None = None,
+        *,
+        score_auxiliary: bool = False,
+    ) -> None:
+        self._given = {
+            key: value
+            for key, value in (("prune_ratio", prune_ratio), ("delta", delta), ("policy", policy))
+            if value is not None
+        }
+        build_policy(**{"policy": "infobatch", **self._given})
+        self._seed = seed
+        self._score_auxiliary = score_auxiliary
+        self._pruner: Pruner | None = None
+        self._weigher = LossWeigher()
+        self._pacer: SchedulerPacer | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._state: dict[str, Any] | None = None
+        self._resuming = False
+        self._warned_nothing_pruned = False
+        self._started = time.perf_counter()
+        self._time_before = 0.0
+
+    # ---- wiring -----------------------------------------------------------------------------------
+
+    def before_run(self, runner: Any) -> None:
+        """Wire this run; does nothing for validation and testing."""
+        loop = getattr(runner, "_train_loop", None)
+        if not isinstance(loop, BaseLoop):
+            return
+        if sum(isinstance(hook, InfoBatchHook) for hook in runner.hooks) > 1:
+            raise ValueError("this config has more than one InfoBatchHook: keep one in custom_hooks")
+        policy = build_policy(**{"policy": "infobatch", **self._settings(loop.dataloader)})
+        if len(loop.dataloader.dataset) == 0:
+            raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
+
+        if isinstance(policy, NoPruning):
+            loader = self._watch(loop)
+        else:
+            loop, loader = self._take_over(runner, loop)
+        dataset = loader.dataset
+        seed = self._run_seed(runner) if self._seed is None else self._seed
+        sampler = loader.sampler
+        self._pruner = Pruner(
+            self._schedule(loop, loader), policy, seed, getattr(sampler, "shuffle", True), fingerprint(dataset)
+        )
+        if isinstance(sampler, InfoBatchSampler):
+            sampler.bind(self._pruner)
+            loop.pruner = self._pruner
+            self._pacer = SchedulerPacer(runner, self._steps_due)
+            self._undo.append(self._pacer.restore)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._undo.append(attach_views(model, self._weigher, self._score_auxiliary))
+        if runner.world_size > 1:
+            self._merge_before_saving(runner)
+        if runner._resume:
+            check_summary(runner.work_dir, self._pruner.summary())
+        runner.logger.info(f"InfoBatch: {policy.settings()} on {self._pruner.schedule.num_samples} samples")
+
+    def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
+        """The hook's arguments, filled up from a configured ``InfoBatchSampler``; they must not differ."""
+        if not isinstance(dataloader.sampler, InfoBatchSampler):
+            return self._given
+        settings = dict(dataloader.sampler.settings)
+        for key, value in self._given.items():
+            if settings[key] != value:
+                raise ValueError(
+                    f"InfoBatchHook has {key}={value!r}, but InfoBatchSampler has {key}={settings[key]!r}: set it in "
+                    "one of them"
+                )
+        return settings
+
+    def _watch(self, loop: BaseLoop) -> IndexedLoader:
+        """Learn the indices of the host's own batches and leave all else as it is."""
+        if isinstance(loop.dataloader.sampler, InfoBatchSampler):
+            raise ValueError("policy='none' keeps the host's own sampler: remove InfoBatchSampler from the config")
+        iterator = getattr(loop, "dataloader_iterator", None)
+        # Upstream's iteration loop has made its iterator by now: its workers may have drawn from the
+        # sampler, and it has drawn a seed from the global generator that must not be drawn twice.
+        started = getattr(iterator, "_iterator", None) is not None
+        sampler = loop.dataloader.sampler
+        fresh = None
+        if started and type(sampler) is InfiniteSampler:
+            fresh = InfiniteSampler(loop.dataloader.dataset, shuffle=sampler.shuffle, seed=sampler.seed)
+        loader = IndexedLoader(loop.dataloader, fresh, own_seed=0 if started else None)
+        loop.dataloader = loader
+        if iterator is not None:
+            loop.dataloader_iterator = type(iterator)(loader)
+        return loader
+
+    def _take_over(self, runner: Any, loop: BaseLoop) -> tuple[BaseLoop, IndexedLoader]:
+        """Put a pruned loop in place of the host's."""
+        if isinstance(loop, (InfoBatchEpochLoop, InfoBatchIterLoop)):
+            return loop, loop.dataloader
+        loader = pass_loader(loop.dataloader, self._run_seed(runner))
+        common = dict(val_begin=loop.val_begin, val_interval=loop.val_interval) if hasattr(loop, "val_begin") else {}
+        pruned: BaseLoop
+        if type(loop) is EpochBasedTrainLoop:
+            pruned = InfoBatchEpochLoop(runner, loader, max_epochs=loop.max_epochs, **common)
+            pruned._max_iters = loop.max_iters
+        elif type(loop) is IterBasedTrainLoop:
+            pruned = InfoBatchIterLoop(runner, loader, max_iters=loop.max_iters, **common)
+        else:
+            raise ValueError(
+                f"the training loop {type(loop).__name__} cannot be followed: use EpochBasedTrainLoop or "
+                "IterBasedTrainLoop, or policy='none'"
+            )
+        pruned.dynamic_milestones, pruned.dynamic_intervals = loop.dynamic_milestones, loop.dynamic_intervals
+        runner._train_loop = pruned
+        return pruned, loader
+
+    @staticmethod
+    def _schedule(loop: BaseLoop, loader: IndexedLoader) -> Schedule:
+        num_samples = len(loader.dataset)
+        global_batch = (loader.batch_size or loader.batch_sampler.batch_size) * get_dist_info()[1]
+        if isinstance(loop, EpochBasedTrainLoop):
+            epoch_batches = loop.max_iters // loop.max_epochs
+            if epoch_batches == 0:
+                raise ValueError(
+                    f"the train_dataloader gives no batch: {num_samples} samples, a global batch of {global_batch} and "
+                    "drop_last=True; use a smaller batch size"
+                )
+            return EpochSchedule(num_samples, loop.max_epochs, global_batch, epoch_batches)
+        return IterSchedule(num_samples, loop.max_iters, global_batch)
+
+    @staticmethod
+    def _run_seed(runner: Any) -> int:
+        # All ranks must draw the same plan, also where the host seeds them differently.
+        return runner.seed - (runner.rank if runner._randomness_cfg.get("diff_rank_seed", False) else 0)
+
+    def _merge_before_saving(self, runner: Any) -> None:
+        """Merge scores where all ranks come by: the host writes a checkpoint on rank 0 alone."""
+        save = runner.save_checkpoint
+        pruner = self._pruner
+        assert pruner is not None
+
+        def merge_and_save(*args: Any, **kwargs: Any) -> None:
+            pruner.store.merge()
+            save(*args, **kwargs)
+
+        runner.save_checkpoint = merge_and_save
+        self._undo.append(lambda: delattr(runner, "save_checkpoint"))
+
+    def after_run(self, runner: Any) -> None:
+        """Give the wrapped objects of this run back to the host."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
+        self._pruner = None
+
+    # ---- resume -----------------------------------------------------------------------------------
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Take our state from a checkpoint that is resumed; weights alone (``load_from``) bring none."""
+        if self._pruner is None or not runner._resume:
+            return
+        self._resuming = True
+        self._state = checkpoint.pop(STATE_KEY, None)
+        if self._state is not None:
+            self._pruner.check_state(self._state["pruner"])
+
+    def before_train(self, runner: Any) -> None:
+        """Continue where the checkpoint was written."""
+        if self._pruner is None:
+            return
+        self._started = time.perf_counter()
+        if self._state is not None:
+            self._pruner.load_state_dict(self._state["pruner"])
+            self._time_before = float(self._state["wall_time_s"])
+            if self._pacer is not None:
+                self._pacer.taken = int(self._state["scheduler_steps"])
+            if runner.world_size == 1:
+                rng.restore(self._state["rng"])
+            if self._state["pruner"]["unmerged"]:
+                runner.logger.warning("InfoBatch: the checkpoint holds the scores of one process only")
+            self._state = None
+        elif self._resuming:
+            self._resume_without_scores(runner)
+
+    def _resume_without_scores(self, runner: Any) -> None:
+        """Find the position in the schedule of a run that was not pruned so far."""
+        assert self._pruner is not None
+        schedule = self._pruner.schedule
+        steps = runner.iter
+        if isinstance(schedule, EpochSchedule):
+            self._pruner.pass_index = runner.epoch
+        else:
+            self._pruner.pass_index, self._pruner.visited = divmod(steps * schedule.batch_size, schedule.num_samples)
+            self._pruner.visited -= self._pruner.visited % schedule.batch_size
+        if self._pacer is not None:
+            self._pacer.taken = steps
+        runner.logger.warning(
+            f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
+            f"{self._pruner.pass_index + 1} of {schedule.num_passes}, which visits every sample"
+        )
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Add our state, under one key, and renew the summary."""
+        if self._pruner is None:
+            return
+        checkpoint[STATE_KEY] = {
+            "pruner": self._pruner.state_dict(),
+            "scheduler_steps": 0 if self._pacer is None else self._pacer.taken,
+            "wall_time_s": self._wall_time(),
+            "rng": rng.capture(),
+        }
+        self._write_summary(runner)
+
+    # ---- a pass -----------------------------------------------------------------------------------
+
+    def before_pass(self, runner: Any) -> None:
+        """Plan the pass and tell the host how long the run will be."""
+        pruner = self._pruner
+        assert pruner is not None
+        schedule = pruner.schedule
+        plan = pruner.begin_pass()
+        later = sum(schedule.full_batches(p) for p in range(pruner.pass_index + 1, schedule.num_passes))
+        renew_max_iters(runner, runner.iter - pruner.batches_done + pruner.batches + later)
+        self._warn_if_nothing_pruned(runner)
+        position = f", from visit {pruner.visited} on" if pruner.visited else ""
+        threshold = "" if plan.threshold is None else f", threshold {plan.threshold:.4f}"
+        runner.logger.info(
+            f"InfoBatch pass {pruner.pass_index + 1}/{schedule.num_passes}: {len(plan)} of "
+            f"{schedule.full_visits(pruner.pass_index)} samples in {pruner.batches} iterations{threshold}{position}"
+        )
+
+    def _warn_if_nothing_pruned(self, runner: Any) -> None:
+        pruner = self._pruner
+        assert pruner is not None and pruner.plan is not None
+        if self._warned_nothing_pruned or pruner.plan.pruned or not pruner.is_active or not pruner.store.seen.any():
+            return
+        self._warned_nothing_pruned = True
+        runner.logger.warning(
+            f"InfoBatch: nothing could be pruned in pass {pruner.pass_index + 1}, so it visits every sample: all scores "
+            "are alike, or fewer samples lie below the mean than one global batch holds"
+        )
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Look up the weights of the batch."""
+        if self._pruner is None:
+            return
+        indices = runner.train_dataloader.current.indices
+        if self._pacer is None:
+            self._weigher.begin(torch.ones(len(indices)))
+        else:
+            self._weigher.begin(self._pruner.weights(indices))
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Record the scores of the batch and count its visits."""
+        pruner = self._pruner
+        if pruner is None:
+            return
+        current = runner.train_dataloader.current
+        scores, valid = self._weigher.end()
+        if scores is None or valid is None:
+            raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
+        if bool(current.replaced.any()):
+            valid = valid & ~current.replaced.to(valid.device)
+        pruner.record(current.indices, scores, valid)
+        visits = len(current.indices) * runner.world_size
+        if self._pacer is not None:
+            pruner.advance(visits)
+        else:
+            passes = pruner.pass_index
+            pruner.observe(visits)
+            if pruner.pass_index > passes:
+                self._log_pass(runner)
+
+    def after_pass(self, runner: Any) -> None:
+        """Merge the scores of all processes and book the pass."""
+        assert self._pruner is not None
+        self._pruner.finish_pass()
+        self._log_pass(runner)
+
+    def _steps_due(self) -> int:
+        pruner = self._pruner
+        assert pruner is not None and pruner.plan is not None
+        return pruner.schedule.steps_at(pruner.pass_index, pruner.batches_done, pruner.batches)
+
+    # ---- books ------------------------------------------------------------------------------------
+
+    def _log_pass(self, runner: Any) -> None:
+        pruner = self._pruner
+        assert pruner is not None
+        entry = pruner.history[-1]
+        scalars = {
+            "infobatch/kept_ratio": entry["kept_ratio"],
+            "infobatch/saved_ratio": pruner.saved_ratio,
+            "infobatch/threshold": entry["threshold"],
+            "infobatch/score_mean": entry["score_mean"],
+        }
+        runner.visualizer.add_scalars(
+            {key: value for key, value in scalars.items() if value is not None}, step=runner.iter
+        )
+        store = pruner.store
+        unusable = ""
+        if store.num_nonfinite or store.num_invalid:
+            unusable = (
+                f"; not recorded so far: {store.num_nonfinite} NaN or infinite losses, {store.num_invalid} samples "
+                "without a valid pixel or replaced by another"
+            )
+        runner.logger.info(
+            f"InfoBatch pass {entry['pass'] + 1} done: kept {entry['kept_ratio']:.1%}, saved so far "
+            f"{pruner.saved_ratio:.1%}{unusable}"
+        )
+
+    def after_train(self, runner: Any) -> None:
+        """Leave summary and scores behind."""
+        if self._pruner is None:
+            return
+        self._pruner.store.merge()
+        self._write_summary(runner)
+        self._write_scores(runner)
+
+    def _wall_time(self) -> float:
+        return self._time_before + time.perf_counter() - self._started
+
+    @master_only
+    def _write_summary(self, runner: Any) -> None:
+        assert self._pruner is not None
+        summary = self._pruner.summary()
+        per_pass = summary.pop("per_pass")
+        iterations = dict(
+            iterations=getattr(runner.train_loop, "_iter", 0),
+            iterations_full=self._pruner.schedule.total_steps,
+            wall_time_s=round(self._wall_time(), 3),
+        )
+        _warn_on_failure(runner, lambda: write_summary(runner.work_dir, {**summary, **iterations, "per_pass": per_pass}))
+
+    @master_only
+    def _write_scores(self, runner: Any) -> None:
+        pruner = self._pruner
+        assert pruner is not None
+        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner, runner.train_dataloader.dataset))
+
+
+def fingerprint(dataset: Any) -> str:
+    """Short hash of sample names, evenly spread over the data set; '' where it has no names."""
+    length = len(dataset)
+    names = [sample_name(dataset, i * length // _FINGERPRINT_NAMES) for i in range(min(length, _FINGERPRINT_NAMES))]
+    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest() if any(names) else ""
+
+
+def _warn_on_failure(runner: Any, write: Callable[[], None]) -> None:
+    """A full disk must not end a training."""
+    try:
+        write()
+    except OSError as error:
+        runner.logger.log(logging.WARNING, f"InfoBatch: could not write to {runner.work_dir}: {error}")

@@ -1,0 +1,112 @@
+"""The sampler of pruned training under its MMEngine registry name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sized
+
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dist import get_dist_info, sync_random_seed
+from mmengine.registry import DATA_SAMPLERS
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from ..core import PlanSampler, Pruner, build_policy
+from .loader import IndexedLoader
+
+#: Samplers that visit every sample once per pass, so that a plan can take their place.
+_REPLACEABLE = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)
+
+
+@DATA_SAMPLERS.register_module()
+class InfoBatchSampler(PlanSampler):
+    """Walks the pruned passes that ``InfoBatchHook`` plans.
+
+    ``InfoBatchHook`` puts it in place of the host's sampler by itself; name it in a config to see it all.
+    It needs the hook or one of the InfoBatch loops, which tell it the batch size and the schedule.
+
+    Args:
+        dataset (Sized): The data set.
+        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+        policy (str): ``'infobatch'``. Defaults to ``'infobatch'``.
+        shuffle (bool): Whether passes are in random order. Defaults to True.
+        seed (int, optional): Seed of the draws. Defaults to the runner's.
+        round_up (bool): Whether full passes of an epoch loop give every process the same number of
+            samples by repeating some. Defaults to True.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        dataset: Sized,
+        prune_ratio: float = 0.5,
+        delta: float = 0.875,
+        policy: str = "infobatch",
+        shuffle: bool = True,
+        seed: int | None = None,
+        round_up: bool = True,
+    ) -> None:
+        build_policy(policy, prune_ratio, delta)
+        self.rank, self.world = get_dist_info()
+        self.num_samples = len(dataset)
+        self.settings = dict(prune_ratio=prune_ratio, delta=delta, policy=policy)
+        self.shuffle = shuffle
+        self.seed = sync_random_seed() if seed is None else seed
+        self.round_up = round_up
+        self._bound = False
+
+    def bind(self, pruner: Pruner) -> None:
+        """Take the pruner whose plans to walk."""
+        self.pruner = pruner
+        self._bound = True
+
+    def __iter__(self) -> Iterator[int]:
+        """Walk the rest of the pass."""
+        if not self._bound:
+            raise ValueError(
+                "InfoBatchSampler has no plan to walk: add dict(type='InfoBatchHook') to custom_hooks, or use "
+                "InfoBatchIterLoop or InfoBatchEpochLoop as train_cfg"
+            )
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        """Visits of this process in the whole pass; before training starts, in a full one."""
+        if self._bound:
+            return super().__len__()
+        return math.ceil((self.num_samples - (0 if self.round_up else self.rank)) / self.world)
+
+
+def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
+    """The loader of a pruned run: the host's, with an ``InfoBatchSampler`` in place of its sampler.
+
+    Args:
+        loader (DataLoader): The host's loader.
+        seed (int): Seed of the run.
+
+    Returns:
+        IndexedLoader: Over the same data set.
+
+    Raises:
+        ValueError: If the loader chooses its samples in a way that a plan cannot follow.
+    """
+    # Type errors of the data set come first: a sampler may not even exist for it.
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            f"the train_dataloader uses the batch sampler {type(loader.batch_sampler).__name__}, which decides by "
+            "itself what a batch holds: a plan cannot follow it; remove it, or use policy='none'"
+        )
+    sampler = loader.sampler
+    if not isinstance(sampler, InfoBatchSampler):
+        indexed = IndexedLoader(loader)  # refuses data sets that cannot be indexed
+        if type(sampler) not in _REPLACEABLE or getattr(sampler, "replacement", False):
+            raise ValueError(
+                f"the train_dataloader uses {type(sampler).__name__}, which does not visit every sample once per "
+                "pass: a plan cannot take its place; use DefaultSampler or InfiniteSampler, or policy='none'"
+            )
+        shuffle = getattr(sampler, "shuffle", not isinstance(sampler, SequentialSampler))
+        sampler = InfoBatchSampler(
+            indexed.dataset, shuffle=shuffle, seed=seed, round_up=getattr(sampler, "round_up", True)
+        )
+    return IndexedLoader(loader, sampler, own_seed=seed)

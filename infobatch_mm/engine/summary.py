@@ -1,0 +1,71 @@
+"""What a run leaves behind in its work directory."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core import Pruner
+from .loader import sample_name
+
+SUMMARY_FILE = "infobatch_summary.json"
+SCORES_FILE = "infobatch_scores.npz"
+
+#: Settings by which a summary is known to belong to the same run.
+_IDENTITY = ("policy", "prune_ratio", "delta", "num_samples")
+
+
+def write_summary(work_dir: str, summary: dict[str, Any]) -> None:
+    """Write ``infobatch_summary.json`` in one step, so that a reader never finds half of it."""
+    path = Path(work_dir, SUMMARY_FILE)
+    partial = path.with_suffix(".json.tmp")
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def write_scores(work_dir: str, pruner: Pruner, dataset: Any) -> None:
+    """Write ``infobatch_scores.npz``: ``index, score, times_seen, name`` of every sample.
+
+    Args:
+        work_dir (str): Where to.
+        pruner (Pruner): Its store is written; NaN stands for samples without a score.
+        dataset: Asked for sample names; '' where it has none.
+    """
+    store = pruner.store
+    store.flush()
+    scores = store.values.numpy().copy()
+    scores[~store.seen.numpy()] = np.nan
+    names = [sample_name(dataset, i) for i in range(store.num_samples)] if sample_name(dataset, 0) else []
+    path = Path(work_dir, SCORES_FILE)
+    partial = path.with_name("infobatch_scores.tmp.npz")
+    np.savez_compressed(
+        partial,
+        index=np.arange(store.num_samples),
+        score=scores,
+        times_seen=store.times_seen.numpy(),
+        name=np.array(names or [""] * store.num_samples),
+    )
+    os.replace(partial, path)
+
+
+def check_summary(work_dir: str, summary: dict[str, Any]) -> None:
+    """Refuse to resume into a work directory whose summary belongs to another run.
+
+    Raises:
+        ValueError: With both values and the file.
+    """
+    path = Path(work_dir, SUMMARY_FILE)
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return  # nothing to compare with: the checkpoint's own state is checked in any case
+    for key in _IDENTITY:
+        if key in found and found[key] != summary[key]:
+            raise ValueError(
+                f"cannot resume: {path} belongs to a run with {key}={found[key]!r}, this config has "
+                f"{key}={summary[key]!r}; use its config, or another work_dir"
+            )

@@ -1,0 +1,40 @@
+"""Per-sample views of host losses: one file per host, imported only where the host is."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+
+from .weigher import LossWeigher
+
+#: Host package of a model class -> module with its ``attach_views(model, weigher, score_auxiliary)``.
+_HOSTS = {"mmseg": "infobatch_mm.losses.mmseg"}
+
+
+def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> Callable[[], None]:
+    """Make the losses of a host's model weigh and score its samples.
+
+    Args:
+        model (nn.Module): The model, not wrapped.
+        weigher (LossWeigher): Weights and scores of the batch in hand.
+        score_auxiliary (bool): Whether auxiliary losses count in the score. Defaults to False.
+
+    Returns:
+        Callable: Restores the model when called.
+
+    Raises:
+        ValueError: With the name of what cannot be weighed and what to do.
+    """
+    for cls in type(model).__mro__:
+        module = _HOSTS.get(cls.__module__.partition(".")[0])
+        if module is not None:
+            return importlib.import_module(module).attach_views(model, weigher, score_auxiliary)
+    raise ValueError(
+        f"the losses of {type(model).__name__} cannot be weighed per sample: InfoBatchHook knows the models of "
+        f"{', '.join(sorted(_HOSTS))}; in a loop of your own use infobatch_mm.InfoBatch"
+    )
+
+
+__all__ = ["LossWeigher", "attach_views"]

@@ -1,0 +1,86 @@
+"""What the loss views of one model share: the weights of the batch in hand and the scores it gave."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LossWeigher:
+    """Weights of the current batch, and the per-sample losses that its forward pass left behind.
+
+    Between :meth:`begin` and :meth:`end` every loss view weighs what it computes by the batch's weights;
+    outside, views hand everything to the host unchanged (validation, for example).
+    """
+
+    def __init__(self) -> None:
+        self._weights: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._valid: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether a training batch is in hand."""
+        return self._weights is not None
+
+    def begin(self, weights: Tensor) -> None:
+        """Take the weights of the next batch, shape ``(B,)``, float32."""
+        self._weights, self._scores, self._valid = weights, None, None
+
+    def end(self) -> tuple[Tensor | None, Tensor | None]:
+        """Close the batch.
+
+        Returns:
+            tuple: Scores, shape ``(B,)``, float32, unweighted, on the loss's device, and which of them
+            rest on at least one valid pixel, shape ``(B,)``, bool; both None if no loss was scored.
+        """
+        scores, valid = self._scores, self._valid
+        self._weights = self._scores = self._valid = None
+        return scores, valid
+
+    def weigh(self, per_sample: Tensor, host_loss: Tensor, normaliser: Tensor | float) -> Tensor:
+        """The loss to hand back to the host: its value is the host's, its gradient is weighted.
+
+        The optimised objective is sum(weight_i * c_i) with the contributions c_i = per_sample_i /
+        normaliser of the host's own loss; the value shown in the log stays comparable with the unpruned
+        run's.
+
+        Args:
+            per_sample (Tensor): Sum of the loss over each sample, shape ``(B,)``, with gradient.
+            host_loss (Tensor): The host's own reduced loss, scalar; only its value is used.
+            normaliser (Tensor | float): What the host divides by, untouched by weights.
+
+        Returns:
+            Tensor: Scalar of ``host_loss``'s dtype.
+        """
+        assert self._weights is not None
+        if self._weights.shape != per_sample.shape:
+            raise ValueError(
+                f"a loss was computed over {per_sample.numel()} samples, but the batch has {self._weights.numel()}: "
+                "a loss that drops, splits or multiplies samples cannot be weighed"
+            )
+        if self._weights.device != per_sample.device:
+            self._weights = self._weights.to(per_sample.device, non_blocking=True)
+        weighted = ((per_sample * self._weights).sum() / normaliser).to(host_loss.dtype)
+        return host_loss.detach() + (weighted - weighted.detach())
+
+    def score(self, mean_loss: Tensor, valid: Tensor) -> None:
+        """Add to the scores of the batch's samples.
+
+        Args:
+            mean_loss (Tensor): Mean of the loss over each sample's valid pixels, shape ``(B,)``.
+            valid (Tensor): Whether a sample has a valid pixel, shape ``(B,)``, bool.
+        """
+        mean_loss = mean_loss.detach().float()
+        self._scores = mean_loss if self._scores is None else self._scores + mean_loss
+        self._valid = valid if self._valid is None else self._valid & valid
+
+
+def samplewise_sum(elementwise: Tensor) -> Tensor:
+    """Sum over all but the first dimension, shape ``(B,)``."""
+    return elementwise.flatten(1).sum(1) if elementwise.dim() > 1 else elementwise
+
+
+def valid_per_sample(mask: Tensor) -> Tensor:
+    """Number of valid elements of each sample, shape ``(B,)``, int64."""
+    return torch.count_nonzero(mask.flatten(1), dim=1) if mask.dim() > 1 else mask.long()
