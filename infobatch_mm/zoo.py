@@ -1,0 +1,36 @@
+"""Where the installed hosts keep their config zoos."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def config_path(host: str, name: str) -> str:
+    """Path of a config that a host ships in its wheel, for use as a ``_base_``.
+
+    ``mmseg::name`` does the same, but only where the distribution is called mmsegmentation: not on the
+    maintained forks. The host is located, not imported.
+
+    Args:
+        host (str): Import name of the host, e.g. ``'mmseg'``.
+        name (str): Path below its ``configs`` folder.
+
+    Returns:
+        str: Absolute path.
+
+    Raises:
+        ValueError: If the host is not installed or ships no such config.
+
+    Example:
+        >>> _base_ = [__import__('infobatch_mm.zoo').zoo.config_path('mmseg', '_base_/models/upernet_r50.py')]
+    """
+    spec = find_spec(host)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{host} is not installed: pip install 'infobatch_mm[mm]', or the {host} of your choice")
+    folder = Path(spec.submodule_search_locations[0])
+    # A wheel holds .mim/configs, a source checkout configs beside the package.
+    for path in (folder / ".mim" / "configs" / name, folder.parent / "configs" / name):
+        if path.is_file():
+            return str(path)
+    raise ValueError(f"{host} at {folder} ships no config {name!r}")

@@ -1,0 +1,53 @@
+"""What the tools share: a config with the command line merged into it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of every tool, named as users of the hosts know them."""
+    parser.add_argument("--work-dir", help="where to keep logs and checkpoints (default: ./work_dirs/<config name>)")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        help="override settings of the config, e.g. data_root=/data train_dataloader.batch_size=4",
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    # torch.distributed.launch passes it; torchrun sets the variable itself
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config that the command line names, with its overrides and a work dir."""
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    cfg = Config.fromfile(args.config)
+    cfg.launcher = args.launcher
+    if args.cfg_options is not None:
+        cfg.merge_from_dict(args.cfg_options)
+        if "data_root" in args.cfg_options:
+            for split in ("train", "val", "test"):
+                _set_data_root(cfg.get(f"{split}_dataloader"), args.cfg_options["data_root"])
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs", Path(args.config).stem))
+    return cfg
+
+
+def _set_data_root(node: Any, root: str) -> None:
+    """A top-level ``data_root`` reaches the data sets, which took their copy when the file was read."""
+    if isinstance(node, dict):
+        if "data_root" in node:
+            node["data_root"] = root
+        for child in node.values():
+            _set_data_root(child, root)
+    elif isinstance(node, (list, tuple)):
+        for child in node:
+            _set_data_root(child, root)
