@@ -1,4 +1,4 @@
-_base_ = './fcn_r18-tiny_1xb8-2k_camvid-128x128.py'
+_base_ = './fcn_r18-tiny_1xb8-4k_camvid-128x128.py'
 
 custom_imports = dict(imports=['infobatch_mm.engine'], allow_failed_imports=False)
 custom_hooks = [dict(type='InfoBatchHook', prune_ratio=0.5, delta=0.875)]

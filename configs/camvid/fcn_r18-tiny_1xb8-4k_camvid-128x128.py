@@ -52,12 +52,12 @@ val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.0005))
-# 1835 iterations of 8 are 40 passes over 367 images.
+# 3670 iterations of 8 are 80 passes over 367 images.
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=60),
-    dict(type='PolyLR', eta_min=1e-4, power=0.9, by_epoch=False, begin=60, end=1835)
+    dict(type='PolyLR', eta_min=1e-4, power=0.9, by_epoch=False, begin=60, end=3670)
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1835, val_interval=230)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=3670, val_interval=460)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 randomness = dict(seed=0)
