@@ -1,6 +1,6 @@
 """Evaluate a checkpoint by the test settings of its config.
 
-    python tools/test.py CONFIG CHECKPOINT [--work-dir DIR] [--out DIR] [--show-dir DIR] [--tta]
+python tools/test.py CONFIG CHECKPOINT [--work-dir DIR] [--out DIR] [--show-dir DIR] [--tta]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Train a model from a config, with or without InfoBatch.
 
-    python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options k=v ...]
+python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options k=v ...]
 """
 
 from __future__ import annotations

@@ -123,7 +123,9 @@ class InfoBatch:
             )
         index = torch.as_tensor(index)
         if index.shape != losses.shape:
-            raise ValueError(f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}")
+            raise ValueError(
+                f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}"
+            )
         if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
         index = index.to(torch.int64)

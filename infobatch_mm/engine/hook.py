@@ -33,7 +33,6 @@ STATE_KEY = "infobatch"
 _FINGERPRINT_NAMES = 256
 
 
-
 @HOOKS.register_module()
 class InfoBatchHook(Hook):
     """Trains on fewer samples: prunes well-learned ones in each pass, without bias.
@@ -75,7 +74,7 @@ class InfoBatchHook(Hook):
         *,
         score_auxiliary: bool = False,
     ) -> None:
-        self._given = {
+        self._given: dict[str, Any] = {
             key: value
             for key, value in (("prune_ratio", prune_ratio), ("delta", delta), ("policy", policy))
             if value is not None
@@ -303,8 +302,8 @@ class InfoBatchHook(Hook):
             return
         self._warned_nothing_pruned = True
         runner.logger.warning(
-            f"InfoBatch: nothing could be pruned in pass {pruner.pass_index + 1}, so it visits every sample: all scores "
-            "are alike, or fewer samples lie below the mean than one global batch holds"
+            f"InfoBatch: nothing could be pruned in pass {pruner.pass_index + 1}, so it visits every sample: all "
+            "scores are alike, or fewer samples lie below the mean than one global batch holds"
         )
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
@@ -397,7 +396,9 @@ class InfoBatchHook(Hook):
             iterations_full=self._pruner.schedule.total_steps,
             wall_time_s=round(self._wall_time(), 3),
         )
-        _warn_on_failure(runner, lambda: write_summary(runner.work_dir, {**summary, **iterations, "per_pass": per_pass}))
+        _warn_on_failure(
+            runner, lambda: write_summary(runner.work_dir, {**summary, **iterations, "per_pass": per_pass})
+        )
 
     @master_only
     def _write_scores(self, runner: Any) -> None:

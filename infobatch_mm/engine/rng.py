@@ -13,7 +13,8 @@ import torch
 def capture() -> dict[str, Any]:
     """State of Python's, numpy's and torch's global generators."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    assert isinstance(keys, np.ndarray)
     return {
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 
 from .weigher import LossWeigher, samplewise_sum, valid_per_sample
 
-_ADVICE = (
-    "use CrossEntropyLoss on a head with MMSegmentation's standard loss_by_feat, or train this model without InfoBatchHook"
-)
+_ADVICE = "use CrossEntropyLoss on a head with MMSegmentation's standard loss_by_feat, or train without InfoBatchHook"
 
 
 class CrossEntropyView:
@@ -55,9 +53,7 @@ class CrossEntropyView:
         avg_non_ignore: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        options = dict(
-            class_weight=class_weight, ignore_index=ignore_index, avg_non_ignore=avg_non_ignore, **kwargs
-        )
+        options = dict(class_weight=class_weight, ignore_index=ignore_index, avg_non_ignore=avg_non_ignore, **kwargs)
         # Pixel samplers ask for elementwise losses to choose pixels by: those are not optimised.
         if not self.weigher.active or reduction == "none":
             return self.criterion(pred, label, weight, reduction=reduction, avg_factor=avg_factor, **options)
@@ -173,7 +169,7 @@ def _check_segmentor(model: nn.Module) -> None:
     for method in ("loss", "_decode_head_forward_train", "_auxiliary_head_forward_train"):
         if getattr(type(model), method) is not getattr(standard, method):
             raise ValueError(
-                f"{type(model).__name__} has its own {method}(), whose losses cannot be weighed per sample yet: {_ADVICE}"
+                f"{type(model).__name__} has its own {method}(): its losses cannot be weighed per sample yet: {_ADVICE}"
             )
 
 
@@ -202,7 +198,9 @@ def _checked_losses(name: str, head: nn.Module) -> list[nn.Module]:
         getattr(type(head), "loss_by_feat", None) is not BaseDecodeHead.loss_by_feat
         or getattr(type(head), "loss", None) not in standard_loss
     ):
-        raise ValueError(f"{title} computes its losses in its own way, they cannot be weighed per sample yet: {_ADVICE}")
+        raise ValueError(
+            f"{title} computes its losses in its own way, they cannot be weighed per sample yet: {_ADVICE}"
+        )
     modules = list(head.loss_decode) if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
     for module in modules:
         loss = f"{title} has the loss {type(module).__name__}"

@@ -1,0 +1,19 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 training and 4 validation scenes of 32 x 32, drawn once."""
+    pytest.importorskip("PIL")
+    from infobatch_mm.demo.street import draw_dataset
+
+    return draw_dataset(tmp_path_factory.mktemp("scenes"), num_train=22, num_val=4, size=32)

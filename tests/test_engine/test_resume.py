@@ -1,0 +1,183 @@
+"""A run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("mmseg")
+
+from mmengine.hooks import Hook
+
+from .toy import EPOCHS, ONE_LINE, PIPELINE, Recorder, config, train
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(Hook):
+    """Ends the process's training after an iteration, as late as a hook can."""
+
+    priority = 100
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter + 1 == self.iteration:
+            raise Killed
+
+
+def killed_and_resumed(scenes: Path, work_dir: Path, kill: int, interval: int, **overrides: Any) -> Recorder:
+    cfg = config(scenes, work_dir, **overrides)
+    cfg.default_hooks.checkpoint.interval = interval
+    with pytest.raises(Killed):
+        train(cfg, KillAt(kill))
+    cfg = config(scenes, work_dir, resume=True, **overrides)
+    return train(cfg)[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loop", ["iter", "epoch"])
+@pytest.mark.parametrize(("kill", "interval"), [(9, 8), (17, 5), (12, 6)])
+def test_resumed_run_visits_the_same_samples(
+    scenes: Path, tmp_path: Path, loop: str, kill: int, interval: int, workers: int
+) -> None:
+    overrides = dict(EPOCHS) if loop == "epoch" else {}
+    overrides["train_dataloader.num_workers"] = workers
+    if workers:  # workers begin their augmentation draws anew: without any, even the later plans are equal
+        overrides["train_dataloader.dataset.pipeline"] = [step for step in PIPELINE if step["type"] != "RandomFlip"]
+    straight_runner, straight = train(config(scenes, tmp_path / "straight", **overrides))
+    resumed = killed_and_resumed(scenes, tmp_path / "killed", kill, interval, **overrides)
+    start = kill - kill % interval
+    assert resumed.indices == straight.indices[start:]
+    assert resumed.weights == straight.weights[start:]
+    assert resumed.lrs == straight.lrs[start:]
+    assert resumed.max_iters == straight.max_iters[start:]
+    assert resumed.batch_idx == straight.batch_idx[start:]
+    # dropout and, without workers, augmentations repeat: the checkpoint holds the generators of this process
+    assert resumed.inputs == straight.inputs[start:]
+    assert resumed.losses == straight.losses[start:]
+    books = [
+        json.loads(Path(folder, "infobatch_summary.json").read_text())
+        for folder in (straight_runner.work_dir, tmp_path / "killed")
+    ]
+    assert {**books[0], "wall_time_s": 0} == {**books[1], "wall_time_s": 0}
+
+
+def test_resume_from_checkpoints_at_epoch_ends(scenes: Path, tmp_path: Path) -> None:
+    checkpoint = dict(type="CheckpointHook", by_epoch=True, interval=1)
+    _, straight = train(config(scenes, tmp_path / "straight", **EPOCHS))
+    cfg = config(scenes, tmp_path / "killed", **EPOCHS)
+    cfg.default_hooks.checkpoint = checkpoint
+    kill = next(i for i, batch in enumerate(straight.batch_idx) if i > 12 and batch == 2)
+    with pytest.raises(Killed):
+        train(cfg, KillAt(kill))
+    cfg = config(scenes, tmp_path / "killed", resume=True, **EPOCHS)
+    cfg.default_hooks.checkpoint = checkpoint
+    _, resumed = train(cfg)
+    start = len(straight.losses) - len(resumed.losses)
+    assert straight.batch_idx[start] == 0
+    assert resumed.losses == straight.losses[start:]
+
+
+def test_resuming_a_finished_run_trains_no_further(scenes: Path, tmp_path: Path) -> None:
+    for overrides, name in (({}, "iter"), (EPOCHS, "epoch")):
+        cfg = config(scenes, tmp_path / name, **overrides)
+        cfg.default_hooks.checkpoint.save_last = True
+        runner, _ = train(cfg)
+        before = Path(runner.work_dir, "infobatch_summary.json").read_text()
+        runner, recorder = train(config(scenes, tmp_path / name, resume=True, **overrides))
+        assert not recorder.losses
+        after = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
+        before_book = json.loads(before)
+        assert {**after, "wall_time_s": 0} == {**before_book, "wall_time_s": 0}
+
+
+def test_load_from_takes_weights_only(scenes: Path, tmp_path: Path) -> None:
+    cfg = config(scenes, tmp_path / "first")
+    cfg.default_hooks.checkpoint.save_last = True
+    runner, _ = train(cfg)
+    checkpoint = next(Path(runner.work_dir).glob("iter_*.pth"))
+    _, tuned = train(config(scenes, tmp_path / "second", load_from=str(checkpoint)))
+    assert len(tuned.indices[0]) == 4
+    assert set(sum(tuned.weights[:5], [])) == {1.0}  # a first pass: no scores were taken over
+
+
+@pytest.mark.parametrize("loop", ["iter", "epoch"])
+def test_a_checkpoint_written_without_us_starts_with_empty_scores(scenes: Path, tmp_path: Path, loop: str) -> None:
+    overrides = dict(EPOCHS) if loop == "epoch" else {}
+    cfg = config(scenes, tmp_path, **{**overrides, "custom_hooks": []})
+    cfg.default_hooks.checkpoint.interval = 1 if loop == "epoch" else 8
+    cfg.default_hooks.checkpoint.by_epoch = loop == "epoch"
+    with pytest.raises(Killed):
+        train(cfg, KillAt(13))
+    _, host = train(config(scenes, tmp_path / "host", **{**overrides, "custom_hooks": []}))
+    runner, resumed = train(config(scenes, tmp_path, resume=True, **overrides, log_level="INFO"))
+    start = 12 if loop == "epoch" else 8
+    assert resumed.lrs[0] == host.lrs[start]
+    assert runner.iter == runner.max_iters
+    log = next(Path(runner.log_dir).glob("*.log")).read_text()
+    assert "written without InfoBatchHook" in log
+    # the pass in hand is finished in full, then pruning starts
+    assert set(resumed.weights[0]) == {1.0}
+    assert any(weight != 1 for weights in resumed.weights for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"prune_ratio": 0.3}, r"prune_ratio=0\.5.*prune_ratio=0\.3"),
+        ({"delta": 0.5}, r"delta=0\.75.*delta=0\.5"),
+        ({"policy": "none"}, r"policy='infobatch'.*policy='none'"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(
+    scenes: Path, tmp_path: Path, override: dict[str, Any], message: str
+) -> None:
+    cfg = config(scenes, tmp_path)
+    cfg.default_hooks.checkpoint.interval = 8
+    train(cfg)
+    hooks = [{**ONE_LINE[0], **override}]
+    with pytest.raises(ValueError, match=message):
+        train(config(scenes, tmp_path, resume=True, custom_hooks=hooks))
+    # the checkpoint itself says so too, where the summary is gone
+    Path(tmp_path, "infobatch_summary.json").unlink()
+    with pytest.raises(ValueError, match="cannot resume"):
+        train(config(scenes, tmp_path, resume=True, custom_hooks=hooks))
+
+
+def test_resume_with_another_data_set_is_refused(scenes: Path, tmp_path: Path) -> None:
+    from infobatch_mm.demo.street import draw_dataset
+
+    cfg = config(scenes, tmp_path / "run")
+    cfg.default_hooks.checkpoint.interval = 8
+    train(cfg)
+    more = draw_dataset(tmp_path / "more", num_train=30, num_val=4, size=32)
+    with pytest.raises(ValueError, match=r"num_samples=22.*num_samples=30"):
+        train(config(more, tmp_path / "run", resume=True))
+    Path(tmp_path, "run/infobatch_summary.json").unlink()
+    with pytest.raises(ValueError, match=r"22 samples.*30"):
+        train(config(more, tmp_path / "run", resume=True))
+    renamed = draw_dataset(tmp_path / "renamed", num_train=22, num_val=4, size=32)
+    for file in [*renamed.rglob("training/*.jpg"), *renamed.rglob("training/*.png")]:
+        file.rename(file.with_name("x" + file.name))
+    with pytest.raises(ValueError, match="other sample names"):
+        train(config(renamed, tmp_path / "run", resume=True))
+
+
+def test_a_newer_state_is_refused(scenes: Path, tmp_path: Path) -> None:
+    cfg = config(scenes, tmp_path)
+    cfg.default_hooks.checkpoint.interval = 8
+    train(cfg)
+    path = Path(Path(tmp_path, "last_checkpoint").read_text())
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint["infobatch"]["pruner"]["version"] = 99
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="version 99"):
+        train(config(scenes, tmp_path, resume=True))
