@@ -64,7 +64,7 @@ class CrossEntropyView:
             valid = valid & (label >= 0)
         normaliser = _normaliser(self.criterion, elementwise, label, valid, reduction, avg_factor, options)
         # The host's value, by the host's own operations, so that it is equal to the bit.
-        host_loss = elementwise.mean() if normaliser is None else elementwise.sum() / normaliser
+        host_loss = elementwise.mean() if normaliser is None else (elementwise.sum() / normaliser).to(elementwise.dtype)
         per_sample = samplewise_sum(elementwise)
         if self.scored:
             self._score(per_sample, elementwise, valid)
@@ -151,11 +151,14 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         for module in _checked_losses(name, head)
     ]
     for module, scored in planned:
+        # The host trains on what has "loss" in its name and only displays the rest.
+        scored = scored and "loss" in module.loss_name
         module.cls_criterion = CrossEntropyView(module.cls_criterion, weigher, scored, float(module.loss_weight))
         attached.append(module)
 
     def restore() -> None:
-        for module in attached:
+        while attached:
+            module = attached.pop()
             module.cls_criterion = module.cls_criterion.criterion
 
     return restore

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,8 +63,8 @@ class LossWeigher:
             )
         if self._weights.device != per_sample.device:
             self._weights = self._weights.to(per_sample.device, non_blocking=True)
-        weighted = ((per_sample * self._weights).sum() / normaliser).to(host_loss.dtype)
-        return host_loss.detach() + (weighted - weighted.detach())
+        weighted = (per_sample * self._weights).sum() / normaliser
+        return _ValueOfOne.apply(host_loss.detach(), weighted.to(host_loss.dtype))
 
     def score(self, mean_loss: Tensor, valid: Tensor) -> None:
         """Add to the scores of the batch's samples.
@@ -76,9 +78,22 @@ class LossWeigher:
         self._valid = valid if self._valid is None else self._valid & valid
 
 
+class _ValueOfOne(torch.autograd.Function):
+    """Forward the value of the first argument, backward the gradient to the second."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, objective: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
 def samplewise_sum(elementwise: Tensor) -> Tensor:
-    """Sum over all but the first dimension, shape ``(B,)``."""
-    return elementwise.flatten(1).sum(1) if elementwise.dim() > 1 else elementwise
+    """Sum over all but the first dimension, shape ``(B,)``, at least float32: half precision overflows."""
+    dtype = torch.promote_types(elementwise.dtype, torch.float32)
+    return elementwise.flatten(1).sum(1, dtype=dtype) if elementwise.dim() > 1 else elementwise.to(dtype)
 
 
 def valid_per_sample(mask: Tensor) -> Tensor:
