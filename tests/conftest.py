@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# Upstream mmengine 0.10.7 reads its own checkpoints with torch.load's old default; the fork copes by itself.
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    importlib.metadata.version("mmengine")
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 
 
 def mean_score(scores: Sequence[float | None]) -> float | None:
-    """Mean over the samples that have a score; None stands for "never seen"."""
+    """Mean over the samples that have a score; None stands for "never seen".
+
+    In float32, as the scores it is compared with: in double, the mean of equal scores can lie above them.
+    """
     known = [score for score in scores if score is not None]
     if not known:
         return None
-    return math.fsum(known) / len(known)
+    return struct.unpack("f", struct.pack("f", math.fsum(known) / len(known)))[0]
 
 
 def prune_probability(scores: Sequence[float | None], r: float, t: int, delta: float, num_passes: int) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,6 +68,11 @@ class InfoBatch:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: it is the global batch size and must be at least 1")
+        if batch_size is not None and batch_size > num_samples:
+            raise ValueError(
+                f"one global batch holds {batch_size} samples but the data set only {num_samples}: there is nothing to "
+                "prune within a pass; use a smaller batch size"
+            )
         world = world_size()
         if batch_size is not None and batch_size % world:
             raise ValueError(f"batch_size={batch_size} is the global batch size and must divide by {world} processes")
@@ -128,28 +133,21 @@ class InfoBatch:
             )
         if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
-        index = index.to(torch.int64)
-        padding = index < 0
-        real = torch.where(padding, -1 - index, index)
-        weights = torch.where(padding, 0.0, self._pruner.weights(real)).to(losses.device)
-        self._pruner.record(real, losses, valid=~padding.to(losses.device))
-        weighted = (weights * losses).mean() * self._sampler.tail_scale(len(index))
-        self._pruner.advance(len(index) * self._sampler.world)
-        if self._pruner.pass_done:
-            self._sampler.end_pass()
-        return weighted
+        return self._sampler.weigh(losses, index.to(torch.int64))
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``."""
-        return self._pruner.state_dict()
+        return {**self._pruner.state_dict(), "last_batch": self._sampler.last_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the next unvisited position of the same plan.
 
         Raises:
-            ValueError: If the state belongs to another data set or policy, or to a newer version.
+            ValueError: If the state belongs to another data set or policy, or to a newer version, or is
+                damaged.
         """
         self._pruner.load_state_dict(state)
+        self._sampler.forget_walk(int(state.get("last_batch", 0)))
 
     def summary(self) -> dict[str, Any]:
         """Policy, passes, visits, saved share and one entry per pass, as plain numbers."""
@@ -157,39 +155,71 @@ class InfoBatch:
 
 
 class _WalkSampler(PlanSampler):
-    """A plan sampler that knows when a pass is over from how its walks went.
+    """A plan sampler that knows from its walks and from what was weighed when a pass is over.
 
     A pass is over when all its visits were weighed, or when a new walk starts after the last one was
-    walked to its end (a ``drop_last`` loader leaves a tail unweighed). What was handed out and not
-    weighed counts for nothing, so a peek at a loader is free.
+    walked to its end. What was handed out and not weighed counts for nothing: a peek at a loader is free,
+    and a walk that was broken off goes on with the rest.
     """
 
     def __init__(self, pruner: Pruner, rank: int, world: int) -> None:
         super().__init__(pruner, rank, world)
+        self._weighed = torch.zeros(pruner.schedule.num_samples, dtype=torch.bool)
+        self.forget_walk()
+
+    def forget_walk(self, last_batch: int = 0) -> None:
+        """Start afresh, after a pass or with a loaded state."""
+        self.last_batch = last_batch
         self._walked = False
+        self._weighed.zero_()
 
     def __iter__(self) -> Iterator[int]:
-        if self._walked:
-            self.end_pass()
+        if self._walked or self._only_tail_left():
+            self._end_pass()
         return self._walk()
 
     def _walk(self) -> Iterator[int]:
         current = self.pruner.pass_index
         yield from super().__iter__()
-        # Worker processes read ahead: a peek at a small data set walks to the end with nothing weighed.
-        read_ahead = self.pruner.visited == 0 and bool(multiprocessing.active_children())
-        if current == self.pruner.pass_index and not read_ahead:
+        # Worker processes read ahead, so the end of their walk says nothing about what was used of it.
+        if current == self.pruner.pass_index and not _reads_ahead():
             self._walked = True
 
-    def end_pass(self) -> None:
-        """Book the pass and forget its walk."""
-        self._walked = False
-        self.pruner.finish_pass()
+    def _only_tail_left(self) -> bool:
+        """Whether less than a batch is left of a pass: the tail that a ``drop_last`` loader drops."""
+        pruner = self.pruner
+        return pruner.visited > 0 and len(pruner.begin_pass()) - pruner.visited < self.last_batch * self.world
 
-    def tail_scale(self, batch: int) -> float:
+    def _end_pass(self) -> None:
+        self.pruner.finish_pass()
+        self.forget_walk()
+
+    def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
+        """Weigh and record one batch; see :meth:`InfoBatch.weigh`."""
+        pruner, batch = self.pruner, len(index)
+        real, padding = index, torch.zeros_like(index, dtype=torch.bool)
+        if self.world > 1:  # only there does a plan need padding
+            padding = index < 0
+            real = torch.where(padding, -1 - index, index)
+        weights = torch.where(padding, 0.0, pruner.weights(real)).to(losses.device)
+        pruner.record(real, losses, valid=~padding.to(losses.device))
+        weighted = (weights * losses).mean() * self._tail_scale(batch)
+        fresh = batch
+        if index.device.type == "cpu":  # elsewhere a look would make the step wait
+            # A second loss of the same batch (as some optimisers need) is no second visit.
+            fresh = batch - int((self._weighed[real] & ~padding).sum())
+            self._weighed[real] = True
+        self.last_batch = batch
+        pruner.advance(fresh * self.world)
+        if pruner.pass_done:
+            self._end_pass()
+        return weighted
+
+    def _tail_scale(self, batch: int) -> float:
         """Factor that makes the mean over processes the mean over the real visits of this batch."""
-        missing = -len(self.pruner.begin_pass()) % self.world
-        is_last = self.pruner.visited + batch * self.world >= len(self.pruner.begin_pass())
+        visits = len(self.pruner.begin_pass())
+        missing = -visits % self.world
+        is_last = self.pruner.visited + batch * self.world >= visits
         return batch * self.world / (batch * self.world - missing) if missing and is_last else 1.0
 
     def _share(self, indices: Tensor) -> Tensor:
@@ -198,6 +228,16 @@ class _WalkSampler(PlanSampler):
         if missing:
             indices = torch.cat([indices, -1 - indices[:1].repeat(missing)])
         return super()._share(indices)
+
+
+def _reads_ahead() -> bool:
+    """Whether a ``DataLoader`` with workers is asking, which it does before anything was used."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_try_put_index":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class _IndexedItems(Dataset):

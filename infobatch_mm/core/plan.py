@@ -47,7 +47,7 @@ def full_plan(num_samples: int, generator: torch.Generator, shuffle: bool = True
     Returns:
         Plan: N visits.
     """
-    order = torch.randperm(num_samples, generator=generator) if shuffle else torch.arange(num_samples)
+    order = _permutation(num_samples, generator).to(torch.int64) if shuffle else torch.arange(num_samples)
     return Plan(order, torch.ones(num_samples), pruned=False)
 
 
@@ -74,20 +74,19 @@ def thinned_plan(
     Returns:
         Plan: N - n + k visits.
     """
-    num_samples = well_learned.numel()
-    # One permutation serves twice: it is the order of the visits, and its first k well-learned samples
-    # are a uniform draw of k out of n. int32 halves the memory traffic where it can hold the indices.
-    dtype = torch.int32 if num_samples < 2**31 else torch.int64
-    order = torch.randperm(num_samples, generator=generator, dtype=dtype)
-    candidate = well_learned[order]
-    candidate_positions = candidate.nonzero().squeeze(1)
-    num_candidates = candidate_positions.numel()
+    candidates = well_learned.nonzero().squeeze(1)
+    num_candidates = candidates.numel()
     assert 1 <= num_kept <= num_candidates
-    keep = torch.ones(num_samples, dtype=torch.bool)
-    keep[candidate_positions[num_kept:]] = False
-    indices = order[keep].to(torch.int64)
-    if not shuffle:
-        indices = indices.sort().values
-    weights = torch.ones(indices.numel())
-    weights[well_learned[indices]] = num_candidates / num_kept
-    return Plan(indices, weights, pruned=num_kept < num_candidates, threshold=threshold)
+    # The draw and the order of the visits are independent, so that any part of a plan is as unbiased as
+    # the whole of it.
+    drawn = candidates[_permutation(num_candidates, generator)[:num_kept]]
+    kept = torch.cat([drawn, (~well_learned).nonzero().squeeze(1)])
+    order = _permutation(kept.numel(), generator) if shuffle else kept.argsort()
+    weights = torch.where(order < num_kept, num_candidates / num_kept, 1.0)
+    return Plan(kept[order], weights, pruned=num_kept < num_candidates, threshold=threshold)
+
+
+def _permutation(length: int, generator: torch.Generator) -> Tensor:
+    # int32 halves the memory traffic where it can hold the indices.
+    dtype = torch.int32 if length < 2**31 else torch.int64
+    return torch.randperm(length, generator=generator, dtype=dtype)

@@ -89,10 +89,9 @@ class InfoBatchPolicy(PruningPolicy):
         self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
     ) -> Plan | None:
         num_seen = int(seen.sum())
-        if num_seen == 0:
+        if num_seen == 0 or self.prune_ratio == 0:
             return None
-        # Unseen samples hold 0, so the sum over all is the sum over the seen ones.
-        threshold = float(scores.sum(dtype=torch.float64)) / num_seen
+        threshold = float(torch.where(seen, scores, 0.0).sum(dtype=torch.float64)) / num_seen
         well_learned = (scores < threshold) & seen
         num_candidates = int(well_learned.sum())
         num_kept = kept_count(num_candidates, scores.numel() - num_candidates, self.prune_ratio, multiple_of)
@@ -140,11 +139,14 @@ def kept_count(num_candidates: int, num_others: int, prune_ratio: float, multipl
 _POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy, NoPruning)}
 
 
-def build_policy(policy: str | PruningPolicy, prune_ratio: float = 0.5, delta: float = 0.875) -> PruningPolicy:
+def build_policy(
+    policy: str | PruningPolicy = InfoBatchPolicy.name, prune_ratio: float = 0.5, delta: float = 0.875
+) -> PruningPolicy:
     """Turn the user's choice into a policy.
 
     Args:
-        policy (str | PruningPolicy): ``'infobatch'``, ``'none'``, or a policy of the user's own.
+        policy (str | PruningPolicy): ``'infobatch'``, ``'none'``, or a policy of the user's own. Defaults to
+            ``'infobatch'``.
         prune_ratio (float): r in [0, 1); see :class:`InfoBatchPolicy`. Defaults to 0.5.
         delta (float): In (0, 1]; see :class:`InfoBatchPolicy`. Defaults to 0.875.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class Pruner:
         plan (Plan, optional): The plan in flight.
         pass_index (int): Number of finished passes.
         visited (int): Visits of the plan in flight that are done, over all processes.
+        visits_before (int): Visits made before the scores were kept; see :meth:`start_at`.
         history (list[dict]): One entry per finished pass: ``pass, kept, kept_ratio, threshold, score_mean``.
     """
 
@@ -48,6 +50,8 @@ class Pruner:
     ) -> None:
         self.schedule = schedule
         self.policy = policy
+        if seed < 0:
+            raise ValueError(f"seed={seed} is negative: use 0 or a positive number")
         self.seed = int(seed)
         self.shuffle = shuffle
         self.fingerprint = fingerprint
@@ -55,6 +59,7 @@ class Pruner:
         self.plan: Plan | None = None
         self.pass_index = 0
         self.visited = 0
+        self.visits_before = 0
         self.history: list[dict[str, Any]] = []
         self._dense: dict[torch.device, Tensor] = {}
 
@@ -148,7 +153,7 @@ class Pruner:
         entry = {
             "pass": self.pass_index,
             "kept": kept,
-            "kept_ratio": kept / self.schedule.full_visits(self.pass_index),
+            "kept_ratio": kept / max(1, self.schedule.full_visits(self.pass_index)),
             "threshold": None if self.plan is None else self.plan.threshold,
             "score_mean": self.score_mean,
         }
@@ -157,6 +162,17 @@ class Pruner:
         self.pass_index += 1
         self.visited = 0
         return entry
+
+    def start_at(self, pass_index: int, visited: int = 0) -> None:
+        """Take over a training that was not pruned so far: earlier visits count, but left no scores.
+
+        Args:
+            pass_index (int): Passes that are done.
+            visited (int): Visits of the next one that are done, a multiple of the batch size.
+        """
+        self.pass_index = pass_index
+        self.visited = visited
+        self.visits_before = sum(self.schedule.full_visits(p) for p in range(pass_index))
 
     def observe(self, visits: int) -> None:
         """Count visits that a host makes by its own sampler, and book its passes."""
@@ -178,12 +194,12 @@ class Pruner:
     @property
     def samples_seen(self) -> int:
         """Visits made so far, over all processes."""
-        return sum(entry["kept"] for entry in self.history) + self.visited
+        return self.visits_before + sum(entry["kept"] for entry in self.history) + self.visited
 
     @property
     def samples_full(self) -> int:
         """Visits that the unpruned run would have made at the same progress."""
-        full = sum(self.schedule.full_visits(p) for p in range(min(self.pass_index, self.schedule.num_passes)))
+        full = sum(self.schedule.full_visits(p) for p in range(self.pass_index))
         if self.plan is None:
             return full + self.visited
         return full + self.schedule.full_visits(self.pass_index) * self.visited // max(1, len(self.plan))
@@ -219,7 +235,6 @@ class Pruner:
         Call :meth:`ScoreStore.merge` on all processes first; what is not merged is this process's alone
         and the state says so.
         """
-        self.store.flush()
         plan = self.plan
         return {
             "version": STATE_VERSION,
@@ -227,14 +242,10 @@ class Pruner:
             "fingerprint": self.fingerprint,
             "settings": self.policy.settings(),
             "seed": self.seed,
-            "unmerged": self.store.unmerged,
-            "scores": self.store.values.clone(),
-            "seen": self.store.seen.clone(),
-            "times_seen": self.store.times_seen.clone(),
-            "num_nonfinite": self.store.num_nonfinite,
-            "num_invalid": self.store.num_invalid,
+            **self.store.state_dict(),
             "pass_index": self.pass_index,
             "visited": self.visited,
+            "visits_before": self.visits_before,
             "plan": None
             if plan is None
             else {
@@ -259,6 +270,9 @@ class Pruner:
                 f"cannot resume: the checkpoint's InfoBatch state has version {version!r}, this package reads "
                 f"versions up to {STATE_VERSION}; update infobatch_mm"
             )
+        for key in self.state_dict():
+            if key not in state:
+                raise _damaged(key)
         if state["num_samples"] != self.schedule.num_samples:
             raise ValueError(
                 f"cannot resume: the checkpoint scores {state['num_samples']} samples, this data set has "
@@ -277,18 +291,22 @@ class Pruner:
                 "use the same settings, or start a new run from its weights with load_from"
             )
         for key, dtype in (("scores", torch.float32), ("seen", torch.bool), ("times_seen", torch.int32)):
-            tensor = state.get(key)
+            tensor = state[key]
             if not isinstance(tensor, Tensor) or tensor.shape != (self.schedule.num_samples,) or tensor.dtype != dtype:
-                raise ValueError(f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}")
+                raise _damaged(key)
+        if state["plan"] is not None:
+            _check_plan(state["plan"], self.schedule.num_samples)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused."""
         self.check_state(state)
-        self.store.values.copy_(state["scores"])
-        self.store.seen.copy_(state["seen"])
-        self.store.times_seen.copy_(state["times_seen"])
-        self.store.num_nonfinite = int(state["num_nonfinite"])
-        self.store.num_invalid = int(state["num_invalid"])
+        if state["unmerged"]:
+            warnings.warn(
+                "the InfoBatch state was saved before the scores of all processes were merged: it holds those of one "
+                "process only",
+                stacklevel=2,
+            )
+        self.store.load_state_dict(state)
         self.seed = int(state["seed"])
         self.pass_index = int(state["pass_index"])
         plan = state["plan"]
@@ -298,6 +316,7 @@ class Pruner:
             else Plan(plan["indices"].cpu(), plan["weights"].cpu(), bool(plan["pruned"]), plan["threshold"])
         )
         self.visited = int(state["visited"])
+        self.visits_before = int(state["visits_before"])
         self.history = [dict(entry) for entry in state["history"]]
 
     # ---- internals --------------------------------------------------------------------------------
@@ -323,3 +342,21 @@ class Pruner:
 
 def _first(indices: Tensor, where: Tensor) -> int:
     return int(indices[where][0])
+
+
+def _damaged(key: str) -> ValueError:
+    return ValueError(f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}; use another checkpoint")
+
+
+def _check_plan(plan: Mapping[str, Any], num_samples: int) -> None:
+    indices, weights = plan.get("indices"), plan.get("weights")
+    if (
+        not isinstance(indices, Tensor)
+        or not isinstance(weights, Tensor)
+        or indices.dim() != 1
+        or indices.shape != weights.shape
+        or indices.dtype != torch.int64
+        or bool(((indices < 0) | (indices >= num_samples)).any())
+        or not {"pruned", "threshold"} <= set(plan)
+    ):
+        raise _damaged("plan")

@@ -46,7 +46,11 @@ class PlanSampler(Sampler[int]):
             yield from block.tolist()
 
     def __len__(self) -> int:
-        """Visits of this process in the whole pass that is being walked or about to be."""
+        """Visits of this process in the whole pass that is being walked or about to be.
+
+        Draws its plan if there is none in flight, but never ends a pass: where a ``drop_last`` loader left a
+        tail unweighed, it is the pass of that tail until the next walk starts.
+        """
         visits = len(self.pruner.begin_pass())
         return math.ceil((visits - (0 if self.round_up else self.rank)) / self.world)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +47,7 @@ class ScoreStore:
         self.num_invalid = 0
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._unmerged: list[tuple[Tensor, Tensor]] = []
+        self._uncounted = torch.zeros(2, dtype=torch.int64)  # counts that the other ranks do not know yet
 
     def record(self, indices: Tensor, losses: Tensor, valid: Tensor | None = None) -> None:
         """Take the losses of one batch as the new scores of its samples.
@@ -51,13 +55,12 @@ class ScoreStore:
         Args:
             indices (Tensor): Sample indices, shape ``(B,)``, int64, on any device.
             losses (Tensor): Unweighted per-sample losses, shape ``(B,)``, on any device. Detached and
-                copied; the input is left alone.
+                copied, as the other arguments are; the inputs are left alone.
             valid (Tensor, optional): Which of them are to be recorded at all, shape ``(B,)``, bool.
         """
         losses = losses.detach().to(torch.float32, copy=True)
-        if valid is None:
-            valid = torch.ones_like(losses, dtype=torch.bool)
-        self._pending.append((indices, losses, valid))
+        valid = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid.clone()
+        self._pending.append((indices.clone(), losses, valid))
         if len(self._pending) >= _FLUSH_EVERY:
             self.flush()
 
@@ -71,13 +74,17 @@ class ScoreStore:
         losses = _join(loss_list)
         valid = _join(valid_list)
         finite = torch.isfinite(losses)
-        self.num_invalid += int((~valid).sum())
-        self.num_nonfinite += int((valid & ~finite).sum())
+        self._count(nonfinite=int((valid & ~finite).sum()), invalid=int((~valid).sum()))
         usable = valid & finite
         indices, losses = indices[usable], losses[usable]
         self._write(indices, losses)
         if world_size() > 1:
             self._unmerged.append((indices, losses))
+
+    def _count(self, nonfinite: int, invalid: int) -> None:
+        self.num_nonfinite += nonfinite
+        self.num_invalid += invalid
+        self._uncounted += torch.tensor([nonfinite, invalid])
 
     def merge(self) -> None:
         """Exchange what each rank has recorded since the last merge; every rank must call it.
@@ -91,6 +98,10 @@ class ScoreStore:
         indices = torch.cat([i for i, _ in self._unmerged] or [torch.empty(0, dtype=torch.int64)])
         losses = torch.cat([s for _, s in self._unmerged] or [torch.empty(0, dtype=torch.float32)])
         self._unmerged = []
+        counts = torch.stack(all_gather_ragged(self._uncounted)).sum(0) - self._uncounted
+        self.num_nonfinite += int(counts[0])
+        self.num_invalid += int(counts[1])
+        self._uncounted.zero_()
         gathered_indices = all_gather_ragged(indices)
         gathered_losses = all_gather_ragged(losses)
         # Our own records are already counted: take them back and write all ranks' in rank order, so
@@ -98,6 +109,28 @@ class ScoreStore:
         np.subtract.at(self.times_seen.numpy(), indices.numpy(), 1)
         for rank_indices, rank_losses in zip(gathered_indices, gathered_losses, strict=True):
             self._write(rank_indices, rank_losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, seen mask, visits and counters: plain tensors and numbers."""
+        self.flush()
+        return {
+            "scores": self.values.clone(),
+            "seen": self.seen.clone(),
+            "times_seen": self.times_seen.clone(),
+            "num_nonfinite": self.num_nonfinite,
+            "num_invalid": self.num_invalid,
+            "unmerged": self.unmerged,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; what was recorded since is forgotten."""
+        self._pending, self._unmerged = [], []
+        self._uncounted.zero_()
+        self.values.copy_(state["scores"])
+        self.seen.copy_(state["seen"])
+        self.times_seen.copy_(state["times_seen"])
+        self.num_nonfinite = int(state["num_nonfinite"])
+        self.num_invalid = int(state["num_invalid"])
 
     @property
     def unmerged(self) -> bool:

@@ -23,7 +23,7 @@ from . import rng
 from .loader import IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
-from .samplers import InfoBatchSampler, pass_loader
+from .samplers import InfoBatchSampler, given, pass_loader
 from .summary import check_summary, write_scores, write_summary
 
 #: Key of our state in a checkpoint.
@@ -74,12 +74,8 @@ class InfoBatchHook(Hook):
         *,
         score_auxiliary: bool = False,
     ) -> None:
-        self._given: dict[str, Any] = {
-            key: value
-            for key, value in (("prune_ratio", prune_ratio), ("delta", delta), ("policy", policy))
-            if value is not None
-        }
-        build_policy(**{"policy": "infobatch", **self._given})
+        self._given = given(prune_ratio=prune_ratio, delta=delta, policy=policy)
+        build_policy(**self._given)
         self._seed = seed
         self._score_auxiliary = score_auxiliary
         self._pruner: Pruner | None = None
@@ -101,7 +97,7 @@ class InfoBatchHook(Hook):
             return
         if sum(isinstance(hook, InfoBatchHook) for hook in runner.hooks) > 1:
             raise ValueError("this config has more than one InfoBatchHook: keep one in custom_hooks")
-        policy = build_policy(**{"policy": "infobatch", **self._settings(loop.dataloader)})
+        policy = build_policy(**self._settings(loop.dataloader))
         if len(loop.dataloader.dataset) == 0:
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
 
@@ -129,17 +125,15 @@ class InfoBatchHook(Hook):
         runner.logger.info(f"InfoBatch: {policy.settings()} on {self._pruner.schedule.num_samples} samples")
 
     def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
-        """The hook's arguments, filled up from a configured ``InfoBatchSampler``; they must not differ."""
-        if not isinstance(dataloader.sampler, InfoBatchSampler):
-            return self._given
-        settings = dict(dataloader.sampler.settings)
-        for key, value in self._given.items():
-            if settings[key] != value:
+        """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
+        settings = dataloader.sampler.settings if isinstance(dataloader.sampler, InfoBatchSampler) else {}
+        for key in settings.keys() & self._given.keys():
+            if settings[key] != self._given[key]:
                 raise ValueError(
-                    f"InfoBatchHook has {key}={value!r}, but InfoBatchSampler has {key}={settings[key]!r}: set it in "
-                    "one of them"
+                    f"InfoBatchHook has {key}={self._given[key]!r}, but InfoBatchSampler has {key}={settings[key]!r}: "
+                    "set it in one of them"
                 )
-        return settings
+        return {**settings, **self._given}
 
     def _watch(self, loop: BaseLoop) -> IndexedLoader:
         """Learn the indices of the host's own batches and leave all else as it is."""
@@ -164,13 +158,16 @@ class InfoBatchHook(Hook):
         if isinstance(loop, (InfoBatchEpochLoop, InfoBatchIterLoop)):
             return loop, loop.dataloader
         loader = pass_loader(loop.dataloader, self._run_seed(runner))
-        common = dict(val_begin=loop.val_begin, val_interval=loop.val_interval) if hasattr(loop, "val_begin") else {}
         pruned: BaseLoop
         if type(loop) is EpochBasedTrainLoop:
-            pruned = InfoBatchEpochLoop(runner, loader, max_epochs=loop.max_epochs, **common)
+            pruned = InfoBatchEpochLoop(
+                runner, loader, max_epochs=loop.max_epochs, val_begin=loop.val_begin, val_interval=loop.val_interval
+            )
             pruned._max_iters = loop.max_iters
         elif type(loop) is IterBasedTrainLoop:
-            pruned = InfoBatchIterLoop(runner, loader, max_iters=loop.max_iters, **common)
+            pruned = InfoBatchIterLoop(
+                runner, loader, max_iters=loop.max_iters, val_begin=loop.val_begin, val_interval=loop.val_interval
+            )
         else:
             raise ValueError(
                 f"the training loop {type(loop).__name__} cannot be followed: use EpochBasedTrainLoop or "
@@ -242,8 +239,6 @@ class InfoBatchHook(Hook):
                 self._pacer.taken = int(self._state["scheduler_steps"])
             if runner.world_size == 1:
                 rng.restore(self._state["rng"])
-            if self._state["pruner"]["unmerged"]:
-                runner.logger.warning("InfoBatch: the checkpoint holds the scores of one process only")
             self._state = None
         elif self._resuming:
             self._resume_without_scores(runner)
@@ -252,14 +247,13 @@ class InfoBatchHook(Hook):
         """Find the position in the schedule of a run that was not pruned so far."""
         assert self._pruner is not None
         schedule = self._pruner.schedule
-        steps = runner.iter
         if isinstance(schedule, EpochSchedule):
-            self._pruner.pass_index = runner.epoch
+            self._pruner.start_at(runner.epoch)
         else:
-            self._pruner.pass_index, self._pruner.visited = divmod(steps * schedule.batch_size, schedule.num_samples)
-            self._pruner.visited -= self._pruner.visited % schedule.batch_size
+            done, rest = divmod(runner.iter * schedule.batch_size, schedule.num_samples)
+            self._pruner.start_at(done, rest - rest % schedule.batch_size)
         if self._pacer is not None:
-            self._pacer.taken = steps
+            self._pacer.taken = runner.iter
         runner.logger.warning(
             f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
             f"{self._pruner.pass_index + 1} of {schedule.num_passes}, which visits every sample"

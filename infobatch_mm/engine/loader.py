@@ -75,6 +75,8 @@ class IndexedLoader(DataLoader):
         )
         if loader.num_workers:
             workers["prefetch_factor"] = loader.prefetch_factor
+        if hasattr(loader, "in_order"):  # torch 2.7 and newer
+            workers["in_order"] = loader.in_order
         generator, init = loader.generator, loader.worker_init_fn
         if own_seed is not None:
             generator = torch.Generator()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sized
+from typing import Any
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.dist import get_dist_info, sync_random_seed
@@ -26,9 +27,11 @@ class InfoBatchSampler(PlanSampler):
 
     Args:
         dataset (Sized): The data set.
-        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
-        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
-        policy (str): ``'infobatch'``. Defaults to ``'infobatch'``.
+        prune_ratio (float, optional): Chance r that a well-learned sample is skipped, in [0, 1). Defaults
+            to what ``InfoBatchHook`` says, else 0.5.
+        delta (float, optional): Share of the training after which pruning stops, in (0, 1]. Defaults to
+            what ``InfoBatchHook`` says, else 0.875.
+        policy (str, optional): Defaults to what ``InfoBatchHook`` says, else ``'infobatch'``.
         shuffle (bool): Whether passes are in random order. Defaults to True.
         seed (int, optional): Seed of the draws. Defaults to the runner's.
         round_up (bool): Whether full passes of an epoch loop give every process the same number of
@@ -41,17 +44,17 @@ class InfoBatchSampler(PlanSampler):
     def __init__(
         self,
         dataset: Sized,
-        prune_ratio: float = 0.5,
-        delta: float = 0.875,
-        policy: str = "infobatch",
+        prune_ratio: float | None = None,
+        delta: float | None = None,
+        policy: str | None = None,
         shuffle: bool = True,
         seed: int | None = None,
         round_up: bool = True,
     ) -> None:
-        build_policy(policy, prune_ratio, delta)
+        self.settings = given(prune_ratio=prune_ratio, delta=delta, policy=policy)
+        build_policy(**self.settings)
         self.rank, self.world = get_dist_info()
         self.num_samples = len(dataset)
-        self.settings = dict(prune_ratio=prune_ratio, delta=delta, policy=policy)
         self.shuffle = shuffle
         self.seed = sync_random_seed() if seed is None else seed
         self.round_up = round_up
@@ -76,6 +79,11 @@ class InfoBatchSampler(PlanSampler):
         if self._bound:
             return super().__len__()
         return math.ceil((self.num_samples - (0 if self.round_up else self.rank)) / self.world)
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """The settings that the user has set; the others take their defaults where the policy is built."""
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:

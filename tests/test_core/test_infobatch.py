@@ -419,14 +419,6 @@ def test_len_neither_ends_nor_starts_anything():
         assert passes_done(infobatch) == epoch + 1
 
 
-def test_len_before_a_walk_is_that_of_the_walk_with_drop_last_too():
-    infobatch, loader = build(31, 4, drop_last=True)
-    for epoch in range(5):
-        batches = len(loader)
-        visits = train(infobatch, loader, epoch)
-        assert len(visits) == 4 * batches
-
-
 def test_len_after_resuming_midway_is_that_of_the_whole_pass():
     infobatch, loader = build(31, 4)
     train(infobatch, loader, 0)

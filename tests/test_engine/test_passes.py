@@ -139,8 +139,12 @@ def test_partial_last_pass_follows_the_unpruned_run(scenes: Path, tmp_path: Path
 
 def test_written_out_config_meets_in_the_same_objects(scenes: Path, tmp_path: Path) -> None:
     _, by_hook = train(config(scenes, tmp_path / "a"))
-    sampler = dict(_delete_=True, type="InfoBatchSampler", prune_ratio=0.5, delta=0.75)
-    for name, hooks in (("b", []), ("c", [dict(type="InfoBatchHook")])):
+    ours = dict(_delete_=True, type="InfoBatchSampler", prune_ratio=0.5, delta=0.75)
+    for name, sampler, hooks in (
+        ("b", ours, []),
+        ("c", ours, [dict(type="InfoBatchHook")]),
+        ("d", dict(type="InfiniteSampler"), [dict(type="InfoBatchHook", prune_ratio=0.5, delta=0.75)]),
+    ):
         runner, written = train(
             config(
                 scenes,

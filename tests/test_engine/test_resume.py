@@ -124,6 +124,11 @@ def test_a_checkpoint_written_without_us_starts_with_empty_scores(scenes: Path, 
     assert runner.iter == runner.max_iters
     log = next(Path(runner.log_dir).glob("*.log")).read_text()
     assert "written without InfoBatchHook" in log
+    summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
+    # the iterations before the kill were not pruned, and counted as such
+    unpruned = 22 * 2 if loop == "epoch" else 8 * 4
+    assert summary["samples_seen"] == pytest.approx(unpruned + sum(map(len, resumed.indices)), abs=4)
+    assert 0 < summary["saved_ratio"] < 0.3
     # the pass in hand is finished in full, then pruning starts
     assert set(resumed.weights[0]) == {1.0}
     assert any(weight != 1 for weights in resumed.weights for weight in weights)
