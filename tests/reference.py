@@ -15,14 +15,16 @@ from fractions import Fraction
 
 
 def mean_score(scores: Sequence[float | None]) -> float | None:
-    """Mean over the samples that have a score; None stands for "never seen".
-
-    In float32, as the scores it is compared with: in double, the mean of equal scores can lie above them.
-    """
+    """Mean over the samples that have a score; None stands for "never seen"."""
     known = [score for score in scores if score is not None]
     if not known:
         return None
-    return struct.unpack("f", struct.pack("f", math.fsum(known) / len(known)))[0]
+    return math.fsum(known) / len(known)
+
+
+def is_below(score: float, mean: float) -> bool:
+    """Compared in float32, as scores are: in double, the mean of equal scores can lie above them."""
+    return score < struct.unpack("f", struct.pack("f", mean))[0]
 
 
 def prune_probability(scores: Sequence[float | None], r: float, t: int, delta: float, num_passes: int) -> list[float]:
@@ -30,7 +32,7 @@ def prune_probability(scores: Sequence[float | None], r: float, t: int, delta: f
     mean = mean_score(scores)
     probabilities = []
     for score in scores:
-        below = mean is not None and score is not None and score < mean
+        below = mean is not None and score is not None and is_below(score, mean)
         probabilities.append(r if below and t < pruned_passes(delta, num_passes) else 0.0)
     return probabilities
 
@@ -75,7 +77,7 @@ def plan_weights(scores: Sequence[float | None], visited: Sequence[int]) -> dict
     mean = mean_score(scores)
     well_learned = set()
     for index, score in enumerate(scores):
-        if score is not None and mean is not None and score < mean:
+        if score is not None and mean is not None and is_below(score, mean):
             well_learned.add(index)
     kept = [index for index in visited if index in well_learned]
     weights = {}
