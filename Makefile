@@ -1,6 +1,7 @@
 # What a newcomer runs. PYTHON chooses the interpreter of the virtual environment, 3.10 or newer.
 PYTHON ?= python3
 VENV := .venv
+DEMO := configs/demo/fcn_r18-tiny_1xb8
 BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
@@ -29,7 +30,7 @@ data/demo/.drawn: $(VENV)/.installed infobatch_mm/demo/street.py
 demo-data: data/demo/.drawn
 
 demo: demo-data
-	$(BIN)/python tools/demo.py --work-dir work_dirs/demo
+	$(BIN)/python tools/compare.py $(DEMO)-1k_demo-96x96.py $(DEMO)-infobatch-1k_demo-96x96.py --work-dir work_dirs/demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
