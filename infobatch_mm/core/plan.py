@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,16 +75,19 @@ def thinned_plan(
     Returns:
         Plan: N - n + k visits.
     """
-    candidates = well_learned.nonzero().squeeze(1)
-    num_candidates = candidates.numel()
+    # numpy finds positions and the k smallest keys several times faster than torch does on the CPU.
+    candidates = np.flatnonzero(well_learned.numpy())
+    others = np.flatnonzero(~well_learned.numpy())
+    num_candidates = len(candidates)
     assert 1 <= num_kept <= num_candidates
     # The draw and the order of the visits are independent, so that any part of a plan is as unbiased as
     # the whole of it.
-    drawn = candidates[_permutation(num_candidates, generator)[:num_kept]]
-    kept = torch.cat([drawn, (~well_learned).nonzero().squeeze(1)])
+    keys = torch.empty(num_candidates, dtype=torch.int64).random_(generator=generator).numpy()
+    drawn = candidates[np.argpartition(keys, num_kept - 1)[:num_kept]]
+    kept = torch.from_numpy(np.concatenate([drawn, others]))
     order = _permutation(kept.numel(), generator) if shuffle else kept.argsort()
     weights = torch.where(order < num_kept, num_candidates / num_kept, 1.0)
-    return Plan(kept[order], weights, pruned=num_kept < num_candidates, threshold=threshold)
+    return Plan(kept.index_select(0, order), weights, pruned=num_kept < num_candidates, threshold=threshold)
 
 
 def _permutation(length: int, generator: torch.Generator) -> Tensor:

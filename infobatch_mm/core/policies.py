@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,12 +89,11 @@ class InfoBatchPolicy(PruningPolicy):
     def draw(
         self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
     ) -> Plan | None:
-        num_seen = int(seen.sum())
-        if num_seen == 0 or self.prune_ratio == 0:
+        if self.prune_ratio == 0 or not seen.any():
             return None
-        threshold = float(torch.where(seen, scores, 0.0).sum(dtype=torch.float64)) / num_seen
+        threshold = float(np.mean(scores.numpy(), where=seen.numpy(), dtype=np.float64))
         well_learned = (scores < threshold) & seen
-        num_candidates = int(well_learned.sum())
+        num_candidates = int(torch.count_nonzero(well_learned))
         num_kept = kept_count(num_candidates, scores.numel() - num_candidates, self.prune_ratio, multiple_of)
         if num_kept == num_candidates:
             return None

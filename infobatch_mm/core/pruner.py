@@ -188,8 +188,9 @@ class Pruner:
     @property
     def score_mean(self) -> float | None:
         """Mean score of the seen samples, None while there is none."""
-        num_seen = int(self.store.seen.sum())
-        return float(self.store.values.sum(dtype=torch.float64)) / num_seen if num_seen else None
+        if not self.store.seen.any():
+            return None
+        return float(np.mean(self.store.values.numpy(), where=self.store.seen.numpy(), dtype=np.float64))
 
     @property
     def samples_seen(self) -> int:
