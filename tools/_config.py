@@ -29,11 +29,12 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
+    before = cfg.get("data_root")
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
         if "data_root" in args.cfg_options:
             for split in ("train", "val", "test"):
-                _set_data_root(cfg.get(f"{split}_dataloader"), args.cfg_options["data_root"])
+                _set_data_root(cfg.get(f"{split}_dataloader"), before, args.cfg_options["data_root"])
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
@@ -41,13 +42,16 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _set_data_root(node: Any, root: str) -> None:
-    """A top-level ``data_root`` reaches the data sets, which took their copy when the file was read."""
+def _set_data_root(node: Any, before: str | None, root: str) -> None:
+    """A top-level ``data_root`` reaches the data sets that took their copy of it when the file was read.
+
+    Where the file has none at its top level, it reaches all of them.
+    """
     if isinstance(node, dict):
-        if "data_root" in node:
+        if "data_root" in node and before in (None, node["data_root"]):
             node["data_root"] = root
         for child in node.values():
-            _set_data_root(child, root)
+            _set_data_root(child, before, root)
     elif isinstance(node, (list, tuple)):
         for child in node:
-            _set_data_root(child, root)
+            _set_data_root(child, before, root)

@@ -36,19 +36,23 @@ class Plan:
             return self
         return Plan(self.indices[:visits].clone(), self.weights[:visits].clone(), self.pruned, self.threshold)
 
+    def sorted(self) -> Plan:
+        """The same visits in the order of the data set."""
+        order = self.indices.argsort()
+        return Plan(self.indices[order], self.weights[order], self.pruned, self.threshold)
 
-def full_plan(num_samples: int, generator: torch.Generator, shuffle: bool = True) -> Plan:
-    """Every sample once with weight 1, in random order unless ``shuffle`` is False.
+
+def full_plan(num_samples: int, generator: torch.Generator) -> Plan:
+    """Every sample once with weight 1, in random order.
 
     Args:
         num_samples (int): Size N of the data set.
         generator (torch.Generator): Source of the order.
-        shuffle (bool): Whether to draw an order. Defaults to True.
 
     Returns:
         Plan: N visits.
     """
-    order = _permutation(num_samples, generator).to(torch.int64) if shuffle else torch.arange(num_samples)
+    order = _permutation(num_samples, generator).to(torch.int64)
     return Plan(order, torch.ones(num_samples), pruned=False)
 
 
@@ -57,9 +61,8 @@ def thinned_plan(
     num_kept: int,
     generator: torch.Generator,
     threshold: float | None = None,
-    shuffle: bool = True,
 ) -> Plan:
-    """Keep exactly ``num_kept`` of the well-learned samples and all others.
+    """Keep exactly ``num_kept`` of the well-learned samples and all others, in random order.
 
     Each of the n well-learned samples is included with probability k/n, so its weight n/k makes the
     weighted sum over the plan an unbiased estimate of the sum over all samples (InfoBatch, eq. 6-9; the
@@ -70,7 +73,6 @@ def thinned_plan(
         num_kept (int): How many of them stay, 1 <= k <= n.
         generator (torch.Generator): Source of the draw and of the order.
         threshold (float, optional): Recorded in the plan.
-        shuffle (bool): Whether to visit in random order. Defaults to True.
 
     Returns:
         Plan: N - n + k visits.
@@ -85,7 +87,7 @@ def thinned_plan(
     keys = torch.empty(num_candidates, dtype=torch.int64).random_(generator=generator).numpy()
     drawn = candidates[np.argpartition(keys, num_kept - 1)[:num_kept]]
     kept = torch.from_numpy(np.concatenate([drawn, others]))
-    order = _permutation(kept.numel(), generator) if shuffle else kept.argsort()
+    order = _permutation(kept.numel(), generator)
     weights = torch.where(order < num_kept, num_candidates / num_kept, 1.0)
     return Plan(kept.index_select(0, order), weights, pruned=num_kept < num_candidates, threshold=threshold)
 

@@ -28,9 +28,7 @@ class PruningPolicy(ABC):
         """Whether passes that start at ``progress`` (share of the whole training, in [0, 1)) are pruned."""
 
     @abstractmethod
-    def draw(
-        self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
-    ) -> Plan | None:
+    def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """Draw the plan of one pass.
 
         Args:
@@ -38,10 +36,9 @@ class PruningPolicy(ABC):
             seen (Tensor): Which samples have a score, shape ``(N,)``, bool. The others are never pruned.
             generator (torch.Generator): The only source of randomness.
             multiple_of (int): Number that the count of visits should be a multiple of, 1 for any.
-            shuffle (bool): Whether the visits are to be in random order.
 
         Returns:
-            Plan | None: The plan, or None where nothing can be pruned: the pass is then a full one.
+            Plan | None: The plan in random order, or None where nothing can be pruned: the pass is then a full one.
         """
 
     def settings(self) -> dict[str, Any]:
@@ -86,9 +83,7 @@ class InfoBatchPolicy(PruningPolicy):
         # The tolerance keeps 0.7 * 10 passes at seven: binary fractions must not add a pruned pass.
         return self.prune_ratio > 0 and progress < self.delta - 1e-9
 
-    def draw(
-        self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
-    ) -> Plan | None:
+    def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         if self.prune_ratio == 0 or not seen.any():
             return None
         threshold = float(np.mean(scores.numpy(), where=seen.numpy(), dtype=np.float64))
@@ -97,7 +92,7 @@ class InfoBatchPolicy(PruningPolicy):
         num_kept = kept_count(num_candidates, scores.numel() - num_candidates, self.prune_ratio, multiple_of)
         if num_kept == num_candidates:
             return None
-        return thinned_plan(well_learned, num_kept, generator, threshold=threshold, shuffle=shuffle)
+        return thinned_plan(well_learned, num_kept, generator, threshold=threshold)
 
     def settings(self) -> dict[str, Any]:
         return {"policy": self.name, "prune_ratio": self.prune_ratio, "delta": self.delta}
@@ -111,9 +106,7 @@ class NoPruning(PruningPolicy):
     def is_active(self, progress: float) -> bool:
         return False
 
-    def draw(
-        self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int, shuffle: bool
-    ) -> Plan | None:
+    def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         return None
 
 
@@ -161,7 +154,7 @@ def build_policy(
         return policy
     if policy == InfoBatchPolicy.name:
         return checked
-    if policy not in _POLICIES:
+    if not isinstance(policy, str) or policy not in _POLICIES:
         raise ValueError(f"unknown policy {policy!r}: choose one of {sorted(_POLICIES)} or pass a PruningPolicy")
     return _POLICIES[policy]()
 

@@ -36,7 +36,8 @@ class Pruner:
         plan (Plan, optional): The plan in flight.
         pass_index (int): Number of finished passes.
         visited (int): Visits of the plan in flight that are done, over all processes.
-        visits_before (int): Visits made before the scores were kept; see :meth:`start_at`.
+        visits_before (int): Visits that no pass in :attr:`history` accounts for: those of a run that was not
+            pruned so far, or of a pass that was drawn anew.
         history (list[dict]): One entry per finished pass: ``pass, kept, kept_ratio, threshold, score_mean``.
     """
 
@@ -82,12 +83,12 @@ class Pruner:
             generator = self._generator()
             plan = None
             if self.is_active:
-                plan = self.policy.draw(
-                    self.store.values, self.store.seen, generator, self.schedule.batch_size, self.shuffle
-                )
+                plan = self.policy.draw(self.store.values, self.store.seen, generator, self.schedule.batch_size)
             if plan is None:
-                plan = full_plan(self.schedule.num_samples, generator, self.shuffle)
-            self._set_plan(self.schedule.fit(plan, self.pass_index))
+                plan = full_plan(self.schedule.num_samples, generator)
+            # Cut first, sort then: what a pass leaves out is random also where its order is not.
+            plan = self.schedule.fit(plan, self.pass_index)
+            self._set_plan(plan if self.shuffle else plan.sorted())
         assert self.plan is not None
         return self.plan
 
@@ -164,15 +165,15 @@ class Pruner:
         return entry
 
     def start_at(self, pass_index: int, visited: int = 0) -> None:
-        """Take over a training that was not pruned so far: earlier visits count, but left no scores.
+        """Go to a position of the schedule, with an empty plan.
 
         Args:
             pass_index (int): Passes that are done.
-            visited (int): Visits of the next one that are done, a multiple of the batch size.
+            visited (int): Visits of the next one that count as done, a multiple of the batch size.
         """
+        self._set_plan(None)
         self.pass_index = pass_index
         self.visited = visited
-        self.visits_before = sum(self.schedule.full_visits(p) for p in range(pass_index))
 
     def observe(self, visits: int) -> None:
         """Count visits that a host makes by its own sampler, and book its passes."""
@@ -242,6 +243,7 @@ class Pruner:
             "num_samples": self.schedule.num_samples,
             "fingerprint": self.fingerprint,
             "settings": self.policy.settings(),
+            "batch_size": self.schedule.batch_size,
             "seed": self.seed,
             **self.store.state_dict(),
             "pass_index": self.pass_index,
@@ -299,7 +301,11 @@ class Pruner:
             _check_plan(state["plan"], self.schedule.num_samples)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused."""
+        """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused.
+
+        With another batch size, or number of processes, the plan in flight is dropped: its pass is drawn
+        anew. Scores and books carry on; a schedule of iterations needs :meth:`start_at` to find its place.
+        """
         self.check_state(state)
         if state["unmerged"]:
             warnings.warn(
@@ -319,6 +325,10 @@ class Pruner:
         self.visited = int(state["visited"])
         self.visits_before = int(state["visits_before"])
         self.history = [dict(entry) for entry in state["history"]]
+        if state["batch_size"] != self.schedule.batch_size:
+            self.visits_before += self.visited
+            self.visited = 0
+            self._set_plan(None)
 
     # ---- internals --------------------------------------------------------------------------------
 

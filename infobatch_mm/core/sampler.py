@@ -51,11 +51,13 @@ class PlanSampler(Sampler[int]):
         Draws its plan if there is none in flight, but never ends a pass: where a ``drop_last`` loader left a
         tail unweighed, it is the pass of that tail until the next walk starts.
         """
-        visits = len(self.pruner.begin_pass())
-        return math.ceil((visits - (0 if self.round_up else self.rank)) / self.world)
+        return self._share_of(len(self.pruner.begin_pass()))
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: the pruner knows its pass. Present because hosts call it."""
+
+    def _share_of(self, visits: int) -> int:
+        return math.ceil((visits - (0 if self.round_up else self.rank)) / self.world)
 
     def _share(self, indices: Tensor) -> Tensor:
         missing = -len(indices) % self.world

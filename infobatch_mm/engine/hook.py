@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info, master_only
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy
 from ..losses import LossWeigher, attach_views
 from . import rng
-from .loader import IndexedLoader, sample_name
+from .loader import BatchIndices, IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
-from .samplers import InfoBatchSampler, given, pass_loader
+from .samplers import InfoBatchSampler, given, host_sampler, pass_loader, run_seed
 from .summary import check_summary, write_scores, write_summary
 
 #: Key of our state in a checkpoint.
@@ -81,9 +81,10 @@ class InfoBatchHook(Hook):
         self._pruner: Pruner | None = None
         self._weigher = LossWeigher()
         self._pacer: SchedulerPacer | None = None
+        self._batch: BatchIndices
         self._undo: list[Callable[[], None]] = []
         self._state: dict[str, Any] | None = None
-        self._resuming = False
+        self._over = False
         self._warned_nothing_pruned = False
         self._started = time.perf_counter()
         self._time_before = 0.0
@@ -93,8 +94,8 @@ class InfoBatchHook(Hook):
     def before_run(self, runner: Any) -> None:
         """Wire this run; does nothing for validation and testing."""
         loop = getattr(runner, "_train_loop", None)
-        if not isinstance(loop, BaseLoop):
-            return
+        if not isinstance(loop, BaseLoop) or self._over or self._pruner is not None:
+            return  # no training, or after it, or one that was interrupted and goes on
         if sum(isinstance(hook, InfoBatchHook) for hook in runner.hooks) > 1:
             raise ValueError("this config has more than one InfoBatchHook: keep one in custom_hooks")
         policy = build_policy(**self._settings(loop.dataloader))
@@ -106,8 +107,10 @@ class InfoBatchHook(Hook):
         else:
             loop, loader = self._take_over(runner, loop)
         dataset = loader.dataset
-        seed = self._run_seed(runner) if self._seed is None else self._seed
         sampler = loader.sampler
+        seed = self._seed
+        if seed is None:
+            seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
         self._pruner = Pruner(
             self._schedule(loop, loader), policy, seed, getattr(sampler, "shuffle", True), fingerprint(dataset)
         )
@@ -126,7 +129,7 @@ class InfoBatchHook(Hook):
 
     def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
         """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
-        settings = dataloader.sampler.settings if isinstance(dataloader.sampler, InfoBatchSampler) else {}
+        settings = getattr(host_sampler(dataloader), "settings", {})
         for key in settings.keys() & self._given.keys():
             if settings[key] != self._given[key]:
                 raise ValueError(
@@ -137,13 +140,13 @@ class InfoBatchHook(Hook):
 
     def _watch(self, loop: BaseLoop) -> IndexedLoader:
         """Learn the indices of the host's own batches and leave all else as it is."""
-        if isinstance(loop.dataloader.sampler, InfoBatchSampler):
+        sampler = host_sampler(loop.dataloader)
+        if isinstance(sampler, InfoBatchSampler):
             raise ValueError("policy='none' keeps the host's own sampler: remove InfoBatchSampler from the config")
         iterator = getattr(loop, "dataloader_iterator", None)
         # Upstream's iteration loop has made its iterator by now: its workers may have drawn from the
         # sampler, and it has drawn a seed from the global generator that must not be drawn twice.
         started = getattr(iterator, "_iterator", None) is not None
-        sampler = loop.dataloader.sampler
         fresh = None
         if started and type(sampler) is InfiniteSampler:
             fresh = InfiniteSampler(loop.dataloader.dataset, shuffle=sampler.shuffle, seed=sampler.seed)
@@ -157,7 +160,7 @@ class InfoBatchHook(Hook):
         """Put a pruned loop in place of the host's."""
         if isinstance(loop, (InfoBatchEpochLoop, InfoBatchIterLoop)):
             return loop, loop.dataloader
-        loader = pass_loader(loop.dataloader, self._run_seed(runner))
+        loader = pass_loader(loop.dataloader, run_seed(runner))
         pruned: BaseLoop
         if type(loop) is EpochBasedTrainLoop:
             pruned = InfoBatchEpochLoop(
@@ -173,6 +176,8 @@ class InfoBatchHook(Hook):
                 f"the training loop {type(loop).__name__} cannot be followed: use EpochBasedTrainLoop or "
                 "IterBasedTrainLoop, or policy='none'"
             )
+        # A runner that was resumed by hand stands at the checkpoint's iteration already.
+        pruned._iter, pruned._epoch = loop.iter, loop.epoch
         pruned.dynamic_milestones, pruned.dynamic_intervals = loop.dynamic_milestones, loop.dynamic_intervals
         runner._train_loop = pruned
         return pruned, loader
@@ -180,7 +185,7 @@ class InfoBatchHook(Hook):
     @staticmethod
     def _schedule(loop: BaseLoop, loader: IndexedLoader) -> Schedule:
         num_samples = len(loader.dataset)
-        global_batch = (loader.batch_size or loader.batch_sampler.batch_size) * get_dist_info()[1]
+        global_batch = loader.batch_sampler.batch_size * get_dist_info()[1]
         if isinstance(loop, EpochBasedTrainLoop):
             epoch_batches = loop.max_iters // loop.max_epochs
             if epoch_batches == 0:
@@ -191,40 +196,38 @@ class InfoBatchHook(Hook):
             return EpochSchedule(num_samples, loop.max_epochs, global_batch, epoch_batches)
         return IterSchedule(num_samples, loop.max_iters, global_batch)
 
-    @staticmethod
-    def _run_seed(runner: Any) -> int:
-        # All ranks must draw the same plan, also where the host seeds them differently.
-        return runner.seed - (runner.rank if runner._randomness_cfg.get("diff_rank_seed", False) else 0)
-
     def _merge_before_saving(self, runner: Any) -> None:
-        """Merge scores where all ranks come by: the host writes a checkpoint on rank 0 alone."""
-        save = runner.save_checkpoint
+        """Merge scores where all ranks come by: ``CheckpointHook`` is entered on each, the write is rank 0's."""
         pruner = self._pruner
         assert pruner is not None
 
-        def merge_and_save(*args: Any, **kwargs: Any) -> None:
-            pruner.store.merge()
-            save(*args, **kwargs)
+        def merging(save: Callable[..., None]) -> Callable[..., None]:
+            def merge_and_save(*args: Any, **kwargs: Any) -> None:
+                pruner.store.merge()
+                save(*args, **kwargs)
 
-        runner.save_checkpoint = merge_and_save
-        self._undo.append(lambda: delattr(runner, "save_checkpoint"))
+            return merge_and_save
+
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                for name in ("_save_checkpoint", "_save_best_checkpoint"):
+                    setattr(hook, name, merging(getattr(hook, name)))
+                    self._undo.append(partial(delattr, hook, name))
 
     def after_run(self, runner: Any) -> None:
         """Give the wrapped objects of this run back to the host."""
         for undo in reversed(self._undo):
             undo()
         self._undo = []
+        self._over = self._over or self._pruner is not None
         self._pruner = None
 
     # ---- resume -----------------------------------------------------------------------------------
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Take our state from a checkpoint that is resumed; weights alone (``load_from``) bring none."""
-        if self._pruner is None or not runner._resume:
-            return
-        self._resuming = True
+        """Keep our state of a checkpoint until it is known whether it is resumed or only its weights are taken."""
         self._state = checkpoint.pop(STATE_KEY, None)
-        if self._state is not None:
+        if self._state is not None and self._pruner is not None and runner._resume:
             self._pruner.check_state(self._state["pruner"])
 
     def before_train(self, runner: Any) -> None:
@@ -232,32 +235,49 @@ class InfoBatchHook(Hook):
         if self._pruner is None:
             return
         self._started = time.perf_counter()
-        if self._state is not None:
-            self._pruner.load_state_dict(self._state["pruner"])
-            self._time_before = float(self._state["wall_time_s"])
+        state, self._state = self._state, None
+        if runner.iter == 0 or self._pruner.samples_seen:
+            return  # a new run, possibly from another's weights, or one that was interrupted and goes on
+        if state is None:
+            self._find_position(runner, runner.iter)
+            self._pruner.visits_before = self._pruner.samples_full - self._pruner.visited
+            runner.logger.warning(
+                f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
+                f"{self._pruner.pass_index + 1} of {self._pruner.schedule.num_passes}, which visits every sample"
+            )
+            return
+        self._pruner.load_state_dict(state["pruner"])
+        self._time_before = float(state["wall_time_s"])
+        steps, batch_size = int(state["scheduler_steps"]), self._pruner.schedule.batch_size
+        if state["pruner"]["batch_size"] == batch_size:
             if self._pacer is not None:
-                self._pacer.taken = int(self._state["scheduler_steps"])
-            if runner.world_size == 1:
-                rng.restore(self._state["rng"])
-            self._state = None
-        elif self._resuming:
-            self._resume_without_scores(runner)
+                self._pacer.taken = steps
+        else:
+            seen = self._pruner.samples_seen
+            self._find_position(runner, steps)
+            self._pruner.visits_before += seen - self._pruner.samples_seen
+            runner.logger.warning(
+                f"InfoBatch: the checkpoint was written with a global batch of {state['pruner']['batch_size']}, this "
+                f"run has {batch_size}: the scores are kept, pass {self._pruner.pass_index + 1} is drawn anew"
+            )
+        if self._pacer is None:
+            # The host's own loop: it starts an epoch anew and does not restore generators.
+            self._pruner.visited *= not isinstance(self._pruner.schedule, EpochSchedule)
+        elif runner.world_size == 1:
+            rng.restore(state["rng"])
 
-    def _resume_without_scores(self, runner: Any) -> None:
-        """Find the position in the schedule of a run that was not pruned so far."""
+    def _find_position(self, runner: Any, steps: int) -> None:
+        """Go to where the host's schedule stands after so many of its iterations."""
         assert self._pruner is not None
         schedule = self._pruner.schedule
         if isinstance(schedule, EpochSchedule):
             self._pruner.start_at(runner.epoch)
+            steps = schedule.steps_before(runner.epoch)
         else:
-            done, rest = divmod(runner.iter * schedule.batch_size, schedule.num_samples)
+            done, rest = divmod(steps * schedule.batch_size, schedule.num_samples)
             self._pruner.start_at(done, rest - rest % schedule.batch_size)
         if self._pacer is not None:
-            self._pacer.taken = runner.iter
-        runner.logger.warning(
-            f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
-            f"{self._pruner.pass_index + 1} of {schedule.num_passes}, which visits every sample"
-        )
+            self._pacer.taken = steps
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Add our state, under one key, and renew the summary."""
@@ -276,7 +296,8 @@ class InfoBatchHook(Hook):
     def before_pass(self, runner: Any) -> None:
         """Plan the pass and tell the host how long the run will be."""
         pruner = self._pruner
-        assert pruner is not None
+        if pruner is None:
+            raise ValueError("InfoBatchHook has given this run back to the host: build a new Runner to train again")
         schedule = pruner.schedule
         plan = pruner.begin_pass()
         later = sum(schedule.full_batches(p) for p in range(pruner.pass_index + 1, schedule.num_passes))
@@ -304,25 +325,24 @@ class InfoBatchHook(Hook):
         """Look up the weights of the batch."""
         if self._pruner is None:
             return
-        indices = runner.train_dataloader.current.indices
-        if self._pacer is None:
-            self._weigher.begin(torch.ones(len(indices)))
-        else:
-            self._weigher.begin(self._pruner.weights(indices))
+        # Taken here and kept: another hook may walk the loader before the step is over.
+        self._batch = runner.train_dataloader.current
+        indices = self._batch.indices
+        self._weigher.begin(torch.ones(len(indices)) if self._pacer is None else self._pruner.weights(indices))
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Record the scores of the batch and count its visits."""
         pruner = self._pruner
         if pruner is None:
             return
-        current = runner.train_dataloader.current
+        indices, replaced = self._batch
         scores, valid = self._weigher.end()
         if scores is None or valid is None:
             raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
-        if bool(current.replaced.any()):
-            valid = valid & ~current.replaced.to(valid.device)
-        pruner.record(current.indices, scores, valid)
-        visits = len(current.indices) * runner.world_size
+        if bool(replaced.any()):
+            valid = valid & ~replaced.to(valid.device)
+        pruner.record(indices, scores, valid)
+        visits = len(indices) * runner.world_size
         if self._pacer is not None:
             pruner.advance(visits)
         else:
@@ -355,7 +375,9 @@ class InfoBatchHook(Hook):
             "infobatch/score_mean": entry["score_mean"],
         }
         runner.visualizer.add_scalars(
-            {key: value for key, value in scalars.items() if value is not None}, step=runner.iter
+            {key: value for key, value in scalars.items() if value is not None},
+            # Within an iteration the host counts it as done: steps must never go back.
+            step=runner.iter + (self._pacer is None),
         )
         store = pruner.store
         unusable = ""
@@ -413,4 +435,4 @@ def _warn_on_failure(runner: Any, write: Callable[[], None]) -> None:
     try:
         write()
     except OSError as error:
-        runner.logger.log(logging.WARNING, f"InfoBatch: could not write to {runner.work_dir}: {error}")
+        runner.logger.warning(f"InfoBatch: could not write to {runner.work_dir}: {error}")

@@ -60,12 +60,13 @@ class IndexedLoader(DataLoader):
                 f"{type(dataset).__name__} is an iterable data set: pruning must choose samples by index; use a "
                 "map-style data set"
             )
-        if loader.batch_size is None and loader.batch_sampler is None:
+        host = loader.batch_sampler
+        if host is None:
             raise ValueError("the train_dataloader has batch_size=None: batches are needed to prune; set a batch_size")
-        if sampler is None and type(loader.batch_sampler) is not BatchSampler:
-            batching = dict(batch_sampler=loader.batch_sampler)
+        if type(host) is BatchSampler:
+            batching = dict(batch_size=host.batch_size, sampler=sampler or host.sampler, drop_last=host.drop_last)
         else:
-            batching = dict(batch_size=loader.batch_size, sampler=sampler or loader.sampler, drop_last=loader.drop_last)
+            batching = dict(batch_sampler=host)
         workers = dict(
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,
@@ -182,20 +183,24 @@ class SeedByPass:
 
 def leaf_datasets(dataset: Any) -> Iterator[Any]:
     """The data sets at the bottom of a stack of wrappers."""
-    inner = [vars(dataset)[name] for name in _INNER if name in getattr(dataset, "__dict__", {})]
-    if not inner:
+    children: list[Any] = []
+    for name in _INNER:
+        part = getattr(dataset, "__dict__", {}).get(name)
+        children += part if isinstance(part, (list, tuple)) else [part]
+    # A data set may call a plain attribute of its own "dataset".
+    children = [child for child in children if hasattr(child, "__getitem__") and not isinstance(child, (str, dict))]
+    if not children:
         yield dataset
-    for part in inner:
-        for child in part if isinstance(part, (list, tuple)) else [part]:
-            yield from leaf_datasets(child)
+    for child in children:
+        yield from leaf_datasets(child)
 
 
 def sample_name(dataset: Any, index: int) -> str:
     """File name of a sample, without its folder; '' where the data set does not tell."""
     try:
         info = dataset.get_data_info(index)
-        path = info.get("img_path") or info.get("img_id") or ""
-    except (AttributeError, KeyError, TypeError, NotImplementedError):
+        path = info["img_path"] if "img_path" in info else info["img_id"]
+    except Exception:  # a name is a convenience: whatever a data set of the user's does here, go on without
         return ""
     return str(path).replace("\\", "/").rsplit("/", 1)[-1]
 

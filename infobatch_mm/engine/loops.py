@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mmengine.registry import HOOKS, LOOPS
+from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core import Pruner
 from .loader import IndexedLoader
-from .samplers import pass_loader
+from .samplers import pass_loader, run_seed
 
 
 class _PassLoop:
@@ -30,10 +30,11 @@ class _PassLoop:
         if isinstance(dataloader, dict):
             diff_rank_seed = runner._randomness_cfg.get("diff_rank_seed", False)
             dataloader = runner.build_dataloader(dataloader, seed=runner.seed, diff_rank_seed=diff_rank_seed)
-        if not any(type(hook).__name__ == "InfoBatchHook" for hook in runner.hooks):
-            settings = getattr(dataloader.sampler, "settings", {})
-            runner.register_hook(HOOKS.build(dict(type="InfoBatchHook", **settings)))
-        return dataloader if isinstance(dataloader, IndexedLoader) else pass_loader(dataloader, runner.seed)
+        from .hook import InfoBatchHook  # the hook knows the loops
+
+        if not any(isinstance(hook, InfoBatchHook) for hook in runner.hooks):
+            runner.register_hook(InfoBatchHook())
+        return dataloader if isinstance(dataloader, IndexedLoader) else pass_loader(dataloader, run_seed(runner))
 
     def _before_pass(self) -> int:
         """Have the pass planned; returns the number of its batches that are done already."""
@@ -90,17 +91,18 @@ class InfoBatchIterLoop(_PassLoop, IterBasedTrainLoop):
             self.runner.model.train()
             self.run_iter(data_batch)
             self._decide_current_val_interval()
-            if (
-                self.runner.val_loop is not None
-                and self._iter >= self.val_begin
-                and (self._iter % self.val_interval == 0 or self._iter == self._max_iters)
-            ):
+            if self.runner.val_loop is not None and self._is_val_due():
                 self.runner.val_loop.run()
             if self.stop_training:
                 break
         self.runner.call_hook("after_train_epoch")
         self.runner.call_hook("after_train")
         return self.runner.model
+
+    def _is_val_due(self) -> bool:
+        if self._iter == self._max_iters:  # where the unpruned run would have reached val_begin
+            return self.val_begin <= self.pruner.schedule.total_steps
+        return self._iter >= self.val_begin and self._iter % self.val_interval == 0
 
     def _batches(self) -> Iterator[Any]:
         # The end of the schedule, not max_iters, ends the run: a resumed run learns its last iteration

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -58,16 +57,15 @@ class InfoBatchSampler(PlanSampler):
         self.shuffle = shuffle
         self.seed = sync_random_seed() if seed is None else seed
         self.round_up = round_up
-        self._bound = False
+        self.pruner: Pruner | None = None  # type: ignore[assignment]
 
     def bind(self, pruner: Pruner) -> None:
         """Take the pruner whose plans to walk."""
         self.pruner = pruner
-        self._bound = True
 
     def __iter__(self) -> Iterator[int]:
         """Walk the rest of the pass."""
-        if not self._bound:
+        if self.pruner is None:
             raise ValueError(
                 "InfoBatchSampler has no plan to walk: add dict(type='InfoBatchHook') to custom_hooks, or use "
                 "InfoBatchIterLoop or InfoBatchEpochLoop as train_cfg"
@@ -76,9 +74,17 @@ class InfoBatchSampler(PlanSampler):
 
     def __len__(self) -> int:
         """Visits of this process in the whole pass; before training starts, in a full one."""
-        if self._bound:
-            return super().__len__()
-        return math.ceil((self.num_samples - (0 if self.round_up else self.rank)) / self.world)
+        return self._share_of(self.num_samples) if self.pruner is None else super().__len__()
+
+
+def host_sampler(loader: DataLoader) -> Any:
+    """The sampler that a loader takes its samples from, also under a configured plain ``BatchSampler``."""
+    return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def run_seed(runner: Any) -> int:
+    """The runner's seed, the same on every process also where the host seeds them differently."""
+    return runner.seed - (runner.rank if runner._randomness_cfg.get("diff_rank_seed", False) else 0)
 
 
 def given(**settings: Any) -> dict[str, Any]:
@@ -99,13 +105,12 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
     Raises:
         ValueError: If the loader chooses its samples in a way that a plan cannot follow.
     """
-    # Type errors of the data set come first: a sampler may not even exist for it.
     if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
         raise ValueError(
             f"the train_dataloader uses the batch sampler {type(loader.batch_sampler).__name__}, which decides by "
             "itself what a batch holds: a plan cannot follow it; remove it, or use policy='none'"
         )
-    sampler = loader.sampler
+    sampler = host_sampler(loader)
     if not isinstance(sampler, InfoBatchSampler):
         indexed = IndexedLoader(loader)  # refuses data sets that cannot be indexed
         if type(sampler) not in _REPLACEABLE or getattr(sampler, "replacement", False):

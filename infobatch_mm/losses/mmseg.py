@@ -74,7 +74,7 @@ class CrossEntropyView:
         pixels = valid_per_sample(valid)
         # One-hot losses have one element per class and pixel.
         elements = pixels * (elementwise.numel() // valid.numel())
-        self.weigher.score(self.loss_weight * per_sample.detach() / elements, pixels > 0)
+        self.weigher.score(self, self.loss_weight * per_sample.detach() / elements, pixels > 0)
 
     # Copies of the model (an EMA model, a pickled one) get the host's criterion back: they are not part
     # of this run.
@@ -97,7 +97,7 @@ def _normaliser(
     """What the host divides the summed loss by; None stands for a plain mean over all elements.
 
     Follows ``cross_entropy`` and ``binary_cross_entropy`` of mmseg, without their ``.item()``: counts stay
-    tensors, so that no step waits for the device.
+    tensors, so that no step waits for the device (class weights make it wait, as they do in the host).
     """
     if reduction == "sum":
         return 1.0
@@ -150,9 +150,13 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         for name, head, scored in _heads(model)
         for module in _checked_losses(name, head)
     ]
+    # The host trains on what has "loss" in its name and only displays the rest.
+    planned = [(module, scored and "loss" in module.loss_name) for module, scored in planned]
+    if not any(scored for _, scored in planned):
+        raise ValueError(
+            f"the decode_head of {type(model).__name__} has no loss to score by: its loss_name needs 'loss'"
+        )
     for module, scored in planned:
-        # The host trains on what has "loss" in its name and only displays the rest.
-        scored = scored and "loss" in module.loss_name
         module.cls_criterion = CrossEntropyView(module.cls_criterion, weigher, scored, float(module.loss_weight))
         attached.append(module)
 

@@ -17,8 +17,7 @@ class LossWeigher:
 
     def __init__(self) -> None:
         self._weights: Tensor | None = None
-        self._scores: Tensor | None = None
-        self._valid: Tensor | None = None
+        self._scores: dict[object, tuple[Tensor, Tensor]] = {}
 
     @property
     def active(self) -> bool:
@@ -27,7 +26,7 @@ class LossWeigher:
 
     def begin(self, weights: Tensor) -> None:
         """Take the weights of the next batch, shape ``(B,)``, float32."""
-        self._weights, self._scores, self._valid = weights, None, None
+        self._weights, self._scores = weights, {}
 
     def end(self) -> tuple[Tensor | None, Tensor | None]:
         """Close the batch.
@@ -36,8 +35,13 @@ class LossWeigher:
             tuple: Scores, shape ``(B,)``, float32, unweighted, on the loss's device, and which of them
             rest on at least one valid pixel, shape ``(B,)``, bool; both None if no loss was scored.
         """
-        scores, valid = self._scores, self._valid
-        self._weights = self._scores = self._valid = None
+        parts = list(self._scores.values())
+        self._weights, self._scores = None, {}
+        if not parts:
+            return None, None
+        scores, valid = parts[0]
+        for more, also_valid in parts[1:]:
+            scores, valid = scores + more, valid & also_valid
         return scores, valid
 
     def weigh(self, per_sample: Tensor, host_loss: Tensor, normaliser: Tensor | float) -> Tensor:
@@ -66,16 +70,15 @@ class LossWeigher:
         weighted = (per_sample * self._weights).sum() / normaliser
         return _ValueOfOne.apply(host_loss.detach(), weighted.to(host_loss.dtype))
 
-    def score(self, mean_loss: Tensor, valid: Tensor) -> None:
-        """Add to the scores of the batch's samples.
+    def score(self, view: object, mean_loss: Tensor, valid: Tensor) -> None:
+        """Set one view's share of the scores of the batch's samples; a second forward pass replaces it.
 
         Args:
+            view (object): The view that computed the loss.
             mean_loss (Tensor): Mean of the loss over each sample's valid pixels, shape ``(B,)``.
             valid (Tensor): Whether a sample has a valid pixel, shape ``(B,)``, bool.
         """
-        mean_loss = mean_loss.detach().float()
-        self._scores = mean_loss if self._scores is None else self._scores + mean_loss
-        self._valid = valid if self._valid is None else self._valid & valid
+        self._scores[view] = (mean_loss.detach().float(), valid)
 
 
 class _ValueOfOne(torch.autograd.Function):

@@ -186,7 +186,7 @@ def test_own_policy_is_walked():
         def is_active(self, progress: float) -> bool:
             return True
 
-        def draw(self, scores, seen, generator, multiple_of, shuffle) -> Plan | None:
+        def draw(self, scores, seen, generator, multiple_of) -> Plan | None:
             return Plan(torch.arange(0, len(scores), 2), torch.full((len(scores) // 2,), 2.0), pruned=True)
 
     infobatch, loader = build(8, policy=Half())

@@ -30,8 +30,8 @@ def as_list(scores: torch.Tensor, seen: torch.Tensor) -> list[float | None]:
     return [score if known else None for score, known in zip(scores.tolist(), seen.tolist(), strict=True)]
 
 
-def draw(scores: torch.Tensor, seen: torch.Tensor, seed: int = 0, r: float = 0.5, m: int = 1, shuffle: bool = True):
-    return InfoBatchPolicy(r, 1.0).draw(scores, seen, generator(seed), m, shuffle)
+def draw(scores: torch.Tensor, seen: torch.Tensor, seed: int = 0, r: float = 0.5, m: int = 1):
+    return InfoBatchPolicy(r, 1.0).draw(scores, seen, generator(seed), m)
 
 
 # ---- full and thinned plans ---------------------------------------------------------------------------
@@ -39,7 +39,8 @@ def draw(scores: torch.Tensor, seen: torch.Tensor, seed: int = 0, r: float = 0.5
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_full_plan_visits_every_sample_once_with_weight_one(shuffle: bool):
-    plan = full_plan(17, generator(), shuffle)
+    plan = full_plan(17, generator())
+    plan = plan if shuffle else plan.sorted()
     assert sorted(plan.indices.tolist()) == list(range(17))
     assert (plan.indices.tolist() == list(range(17))) is not shuffle
     assert plan.weights.tolist() == [1.0] * 17
@@ -215,7 +216,7 @@ def test_without_shuffle_visits_are_sorted_and_the_draw_stays_uniform():
     candidates = scores < scores.double().mean()
     counts = torch.zeros(30)
     for seed in range(2000):
-        plan = draw(scores, seen, seed, shuffle=False)
+        plan = draw(scores, seen, seed).sorted()
         visited = plan.indices.tolist()
         assert visited == sorted(visited)
         assert torch.equal(plan.weights > 1, candidates[plan.indices])
@@ -284,8 +285,8 @@ def test_ratio_zero_never_prunes(m: int):
 def test_draw_is_determined_by_the_generator_state():
     scores, seen = random_scores(60, 1)
     source = generator(5)
-    first = InfoBatchPolicy(0.5, 1.0).draw(scores, seen, source, 1, True)
-    second = InfoBatchPolicy(0.5, 1.0).draw(scores, seen, source, 1, True)
+    first = InfoBatchPolicy(0.5, 1.0).draw(scores, seen, source, 1)
+    second = InfoBatchPolicy(0.5, 1.0).draw(scores, seen, source, 1)
     again = draw(scores, seen, seed=5)
     assert torch.equal(first.indices, again.indices) and torch.equal(first.weights, again.weights)
     assert not torch.equal(first.indices, second.indices)

@@ -54,7 +54,7 @@ def test_ratio_zero_is_never_active():
 def test_no_pruning_is_never_active_and_draws_nothing():
     policy = NoPruning()
     assert not any(policy.is_active(p / 10) for p in range(10))
-    assert policy.draw(torch.rand(9), torch.ones(9, dtype=torch.bool), torch.Generator(), 1, True) is None
+    assert policy.draw(torch.rand(9), torch.ones(9, dtype=torch.bool), torch.Generator(), 1) is None
     assert policy.settings() == {"policy": "none"}
 
 

@@ -425,7 +425,7 @@ def test_own_policy_takes_part_in_a_run():
         def is_active(self, progress: float) -> bool:
             return True
 
-        def draw(self, scores, seen, generator, multiple_of, shuffle) -> Plan | None:
+        def draw(self, scores, seen, generator, multiple_of) -> Plan | None:
             odd = torch.arange(1, len(scores), 2)
             return Plan(odd, torch.full((len(odd),), 2.0), pruned=True)
 
