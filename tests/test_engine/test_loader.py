@@ -39,6 +39,9 @@ class Wrapper:
     def __init__(self, *datasets: Any) -> None:
         self.datasets = list(datasets)
 
+    def __getitem__(self, index: int) -> Any:
+        return self.datasets[0][index]
+
 
 def test_the_host_sees_its_own_data_set() -> None:
     numbers = Numbers()

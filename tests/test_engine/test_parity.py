@@ -8,7 +8,12 @@ import pytest
 
 pytest.importorskip("mmseg")
 
+import torch
+from mmengine.config import Config
+
 from .toy import EPOCHS, config, train
+
+DEMO = Path(__file__).parents[2] / "configs/demo/fcn_r18-tiny_1xb8-1k_demo-96x96.py"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -35,3 +40,22 @@ def test_r_zero_visits_everything_on_the_hosts_schedule(scenes: Path, tmp_path: 
     assert ours.lrs == host.lrs
     for start in range(0, 36, 6):
         assert sorted(sum(ours.names[start : start + 6], [])) == sorted(sum(host.names[start : start + 6], []))
+
+
+@pytest.mark.slow
+def test_policy_none_is_bit_equal_over_150_iterations_of_the_demo(tmp_path: Path) -> None:
+    from infobatch_mm.demo.street import draw_dataset
+
+    root = draw_dataset(tmp_path / "demo")
+    states, records = [], []
+    for name, hooks in (("host", []), ("ours", [dict(type="InfoBatchHook", policy="none")])):
+        cfg = Config.fromfile(DEMO)
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.data_root = str(root)
+        cfg.train_cfg.update(max_iters=150, val_interval=50)
+        cfg.work_dir, cfg.custom_hooks = str(tmp_path / name), hooks
+        runner, recorder = train(cfg)
+        states.append(runner.model.state_dict())
+        records.append((recorder.names, recorder.inputs, recorder.losses, recorder.lrs))
+    assert records[0] == records[1]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
