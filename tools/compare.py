@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from mmengine.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -82,6 +83,7 @@ def plot(curves: dict[str, tuple[list[int], list[float]]], per_pass: list[dict[s
         [100 * entry["kept_ratio"] for entry in per_pass],
         color=COLOURS["infobatch"],
     )
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.axhline(100, color=COLOURS["baseline"], linewidth=1)
     right.set(xlabel="pass", ylabel="samples kept (%)", title="Kept per pass", ylim=(0, 108))
     figure.savefig(path, dpi=120)
@@ -98,8 +100,8 @@ def print_table(title: str, rows: dict[str, dict[str, float]], console: Console)
         table.add_row(arm, f"{row['mIoU']:.2f}", *counts)
     baseline, infobatch = rows["baseline"], rows["infobatch"]
     table.add_row(
-        "saved (mIoU: difference)",
-        f"{infobatch['mIoU'] - baseline['mIoU']:+.2f}",
+        "saved",
+        f"({infobatch['mIoU'] - baseline['mIoU']:+.2f})",
         *(f"{1 - infobatch[key] / baseline[key]:.1%}" for key in ("visits", "iterations", "wall_time_s")),
     )
     console.print(table)
