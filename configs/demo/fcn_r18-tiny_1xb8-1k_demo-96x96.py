@@ -47,11 +47,11 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.0005))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=60),
-    dict(type='PolyLR', eta_min=1e-4, power=0.9, by_epoch=False, begin=60, end=960)
+    dict(type='PolyLR', eta_min=1e-4, power=0.9, by_epoch=False, begin=60, end=1440)
 ]
-# 960 iterations of 8 are 16 passes over 480 scenes.
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=960, val_interval=120)
+# 1440 iterations of 8 are 24 passes over 480 scenes.
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1440, val_interval=120)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks = dict(checkpoint=dict(interval=240))
+default_hooks = dict(checkpoint=dict(interval=360))
 randomness = dict(seed=0)
