@@ -98,10 +98,19 @@ class InfoBatchHook(Hook):
             return  # no training, or after it, or one that was interrupted and goes on
         if sum(isinstance(hook, InfoBatchHook) for hook in runner.hooks) > 1:
             raise ValueError("this config has more than one InfoBatchHook: keep one in custom_hooks")
+        try:
+            self._wire(runner, loop)
+        except Exception:
+            self._unwire()
+            raise
+
+    def _wire(self, runner: Any, loop: BaseLoop) -> None:
         policy = build_policy(**self._settings(loop.dataloader))
         if len(loop.dataloader.dataset) == 0:
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
 
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._undo.append(attach_views(model, self._weigher, self._score_auxiliary))
         if isinstance(policy, NoPruning):
             loader = self._watch(loop)
         else:
@@ -119,8 +128,6 @@ class InfoBatchHook(Hook):
             loop.pruner = self._pruner
             self._pacer = SchedulerPacer(runner, self._steps_due)
             self._undo.append(self._pacer.restore)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._undo.append(attach_views(model, self._weigher, self._score_auxiliary))
         if runner.world_size > 1:
             self._merge_before_saving(runner)
         if runner._resume:
@@ -216,11 +223,14 @@ class InfoBatchHook(Hook):
 
     def after_run(self, runner: Any) -> None:
         """Give the wrapped objects of this run back to the host."""
+        self._over = self._over or self._pruner is not None
+        self._unwire()
+
+    def _unwire(self) -> None:
         for undo in reversed(self._undo):
             undo()
         self._undo = []
-        self._over = self._over or self._pruner is not None
-        self._pruner = None
+        self._pruner = self._pacer = None
 
     # ---- resume -----------------------------------------------------------------------------------
 
