@@ -24,7 +24,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -67,17 +67,19 @@ def read_curve(work_dir: Path, batch_size: int) -> tuple[list[int], list[float]]
     return [visits for visits, _ in points], [miou for _, miou in points]
 
 
-def plot(curves: dict[str, tuple[list[int], list[float]]], per_pass: list[dict[str, Any]], path: Path) -> None:
+def plot(
+    title: str, curves: dict[str, tuple[list[int], list[float]]], per_pass: list[dict[str, Any]], path: Path
+) -> None:
     """mIoU over visits for both runs, and the share of samples kept in each pass."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(3, 2), layout="constrained")
+    figure.suptitle(title)
     for arm, (visits, miou) in curves.items():
         left.plot(visits, miou, marker="o", markersize=4, color=COLOURS[arm], label=arm)
         left.annotate(f"{miou[-1]:.1f}", (visits[-1], miou[-1]), textcoords="offset points", xytext=(0, 7), ha="center")
     left.set(xlabel="sample visits", ylabel="mIoU (%)", title="Quality over visits")
-    left.set_xlim(left=0)
-    left.margins(y=0.15)
+    left.margins(x=0.06, y=0.15)
     left.grid(alpha=0.3)
-    left.legend(loc="lower right")
+    left.legend(loc="best")
     right.bar(
         [entry["pass"] + 1 for entry in per_pass],
         [100 * entry["kept_ratio"] for entry in per_pass],
@@ -107,6 +109,21 @@ def print_table(title: str, rows: dict[str, dict[str, float]], console: Console)
     console.print(table)
 
 
+def merged(config: Path, options: list[str]) -> Config:
+    """A config with the overrides of the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cfg-options", nargs="*", action=DictAction, default={})
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(parser.parse_args(["--cfg-options", *options]).cfg_options if options else {})
+    return cfg
+
+
+def schedule_ends(cfg: Config) -> list[int]:
+    """Which of the config's parameter schedulers end with the training."""
+    schedulers = cfg.get("param_scheduler") or []
+    return [i for i, scheduler in enumerate(schedulers) if scheduler.get("end") == cfg.train_cfg.max_iters]
+
+
 def compare(
     args: argparse.Namespace, seed: int, work_dir: Path, cfg: Config, console: Console
 ) -> dict[str, dict[str, float]]:
@@ -129,16 +146,12 @@ def compare(
         run("infobatch", args.pruned)
         if args.shortened:
             short = int(rows["infobatch"]["iterations"])
-            ends = [
-                f"param_scheduler.{i}.end={short}"
-                for i, scheduler in enumerate(cfg.param_scheduler)
-                if scheduler.get("end") == cfg.train_cfg.max_iters
-            ]
+            ends = [f"param_scheduler.{i}.end={short}" for i in schedule_ends(cfg)]
             run("shortened", args.unpruned, f"train_cfg.max_iters={short}", *ends)
     summary = json.loads((work_dir / "infobatch/infobatch_summary.json").read_text())
     comparison = {**rows, "saved_ratio": 1 - rows["infobatch"]["visits"] / rows["baseline"]["visits"]}
     (work_dir / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
-    plot(curves, summary["per_pass"], work_dir / "comparison.png")
+    plot(f"{args.unpruned.stem}, seed {seed}", curves, summary["per_pass"], work_dir / "comparison.png")
     console.print(f"{work_dir / 'comparison.json'}, {work_dir / 'comparison.png'}", highlight=False)
     return rows
 
@@ -153,9 +166,17 @@ def main() -> None:
     parser.add_argument("--shortened", action="store_true", help="also train unpruned at the pruned run's budget")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="overrides for all arms, as in tools/train.py")
     args = parser.parse_args()
-    cfg = Config.fromfile(args.unpruned)
-    data_root = Path(dict(option.split("=", 1) for option in args.cfg_options).get("data_root", ""))
-    data_root = data_root if data_root.name else Path(cfg.train_dataloader.dataset.data_root)
+    for config in (args.unpruned, args.pruned):
+        if not config.is_file():
+            parser.error(f"there is no config {config}")
+    cfg = merged(args.unpruned, args.cfg_options)
+    if "max_iters" not in cfg.train_cfg:
+        parser.error(f"{args.unpruned} is not iteration-based: visits are counted by iterations")
+    if not any("InfoBatch" in hook.get("type", "") for hook in merged(args.pruned, []).get("custom_hooks", [])):
+        parser.error(f"{args.pruned} has no InfoBatchHook among its custom_hooks: give the unpruned config first")
+    if args.shortened and not schedule_ends(cfg):
+        parser.error(f"--shortened needs a param_scheduler that ends at max_iters={cfg.train_cfg.max_iters}")
+    data_root = Path(cfg.get("data_root") or cfg.train_dataloader.dataset.data_root)
     if not data_root.is_dir():
         parser.error(f"the data set {data_root} is not there: draw it (make demo-data) or name it with data_root=")
 

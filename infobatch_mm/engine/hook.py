@@ -84,6 +84,7 @@ class InfoBatchHook(Hook):
         self._batch: BatchIndices
         self._undo: list[Callable[[], None]] = []
         self._state: dict[str, Any] | None = None
+        self._rng_before_val: dict[str, Any] | None = None
         self._over = False
         self._warned_nothing_pruned = False
         self._started = time.perf_counter()
@@ -132,7 +133,8 @@ class InfoBatchHook(Hook):
             self._merge_before_saving(runner)
         if runner._resume:
             check_summary(runner.work_dir, self._pruner.summary())
-        runner.logger.info(f"InfoBatch: {policy.settings()} on {self._pruner.schedule.num_samples} samples")
+        settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
+        runner.logger.info(f"InfoBatch: {settings}, {self._pruner.schedule.num_samples} samples")
 
     def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
         """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
@@ -288,6 +290,15 @@ class InfoBatchHook(Hook):
             self._pruner.start_at(done, rest - rest % schedule.batch_size)
         if self._pacer is not None:
             self._pacer.taken = steps
+
+    def before_val(self, runner: Any) -> None:
+        """Keep validation out of the random streams: a run that resumes after it does not repeat it."""
+        self._rng_before_val = rng.capture() if self._pacer is not None else None
+
+    def after_val(self, runner: Any) -> None:
+        """Go on with the generators as they were before validation."""
+        if self._rng_before_val is not None:
+            rng.restore(self._rng_before_val)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Add our state, under one key, and renew the summary."""

@@ -86,6 +86,24 @@ def test_resume_from_checkpoints_at_epoch_ends(scenes: Path, tmp_path: Path) -> 
     assert resumed.losses == straight.losses[start:]
 
 
+@pytest.mark.parametrize("loop", ["iter", "epoch"])
+def test_a_validation_after_the_checkpoint_leaves_no_trace(scenes: Path, tmp_path: Path, loop: str) -> None:
+    """The checkpoint is written before the validation of the same iteration, which a resumed run skips."""
+    overrides = {**EPOCHS, "train_cfg.val_interval": 2} if loop == "epoch" else {"train_cfg.val_interval": 8}
+    checkpoint = dict(type="CheckpointHook", by_epoch=loop == "epoch", interval=2 if loop == "epoch" else 8)
+    cfg = config(scenes, tmp_path / "straight", **overrides)
+    cfg.default_hooks.checkpoint = checkpoint
+    straight = train(cfg)[1]
+    cfg = config(scenes, tmp_path / "killed", **overrides)
+    cfg.default_hooks.checkpoint = checkpoint
+    with pytest.raises(Killed):
+        train(cfg, KillAt(14))
+    cfg = config(scenes, tmp_path / "killed", resume=True, **overrides)
+    cfg.default_hooks.checkpoint = checkpoint
+    resumed = train(cfg)[1]
+    assert resumed.losses == straight.losses[-len(resumed.losses) :]
+
+
 def test_resuming_a_finished_run_trains_no_further(scenes: Path, tmp_path: Path) -> None:
     for overrides, name in (({}, "iter"), (EPOCHS, "epoch")):
         cfg = config(scenes, tmp_path / name, **overrides)

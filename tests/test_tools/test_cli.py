@@ -18,6 +18,8 @@ import mmseg
 ROOT = Path(__file__).parents[2]
 PRUNED = ROOT / "configs/demo/fcn_r18-tiny_1xb8-infobatch-1k_demo-96x96.py"
 OURS = ROOT / "tools/train.py"
+# Equal runs need equal threads: sums of floats depend on how they are split.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 HOSTS = Path(mmseg.__file__).parent / ".mim/tools/train.py"
 
 
@@ -42,9 +44,8 @@ def options(scenes: Path, *more: str) -> list[str]:
 
 
 def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment, text=True, capture_output=True, check=False
+        [sys.executable, *map(str, command)], cwd=cwd, env=ONE_THREAD, text=True, capture_output=True, check=False
     )
 
 
@@ -70,7 +71,9 @@ def test_kill_and_resume_ends_where_the_straight_run_ends(scenes: Path, tmp_path
     assert straight.returncode == 0, straight.stdout + straight.stderr
     killed = tmp_path / "killed"
     command = [sys.executable, str(OURS), str(PRUNED), "--work-dir", str(killed), *options(scenes)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "Saving checkpoint at 16" in line:
