@@ -17,6 +17,13 @@ from .scores import ScoreStore
 
 STATE_VERSION = 1
 
+#: What :meth:`Pruner.state_dict` holds, so that checking a state copies none.
+_STATE_KEYS = (
+    *("version", "num_samples", "fingerprint", "settings", "batch_size", "seed"),
+    *("scores", "seen", "times_seen", "num_nonfinite", "num_invalid", "unmerged"),
+    *("pass_index", "visited", "visits_before", "plan", "history"),
+)
+
 
 class Pruner:
     """Draws the plan of each pass, hands out its weights, takes the scores, keeps the books.
@@ -107,10 +114,10 @@ class Pruner:
         if self.plan is None:
             raise ValueError("no pass is in flight: walk the sampler before weighing a batch")
         on_cpu = indices.device.type == "cpu"
-        if on_cpu and bool(((indices < 0) | (indices >= self.schedule.num_samples)).any()):
+        num_samples = self.schedule.num_samples
+        if on_cpu and bool((outside := (indices < 0) | (indices >= num_samples)).any()):
             raise ValueError(
-                f"sample index {_first(indices, (indices < 0) | (indices >= self.schedule.num_samples))} is outside "
-                f"the data set of {self.schedule.num_samples} samples"
+                f"sample index {_first(indices, outside)} is outside the data set of {num_samples} samples"
             )
         weights = self._dense_weights(indices.device)[indices]
         # A look at CPU memory costs nothing; on a device it would make the step wait.
@@ -273,7 +280,7 @@ class Pruner:
                 f"cannot resume: the checkpoint's InfoBatch state has version {version!r}, this package reads "
                 f"versions up to {STATE_VERSION}; update infobatch_mm"
             )
-        for key in self.state_dict():
+        for key in _STATE_KEYS:
             if key not in state:
                 raise _damaged(key)
         if state["num_samples"] != self.schedule.num_samples:

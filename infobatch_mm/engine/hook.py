@@ -272,9 +272,9 @@ class InfoBatchHook(Hook):
                 f"InfoBatch: the checkpoint was written with a global batch of {state['pruner']['batch_size']}, this "
                 f"run has {batch_size}: the scores are kept, pass {self._pruner.pass_index + 1} is drawn anew"
             )
-        if self._pacer is None:
-            # The host's own loop: it starts an epoch anew and does not restore generators.
-            self._pruner.visited *= not isinstance(self._pruner.schedule, EpochSchedule)
+        if self._pacer is None:  # the host's own loop starts an epoch anew and does not restore generators
+            if isinstance(self._pruner.schedule, EpochSchedule):
+                self._pruner.visited = 0
         elif runner.world_size == 1:
             rng.restore(state["rng"])
 

@@ -35,6 +35,21 @@ class BatchIndices(NamedTuple):
     replaced: Tensor
 
 
+def check_indexable(loader: DataLoader) -> None:
+    """Refuse a loader whose samples have no index or that makes no batches.
+
+    Raises:
+        ValueError: For an iterable data set, or without a batch size.
+    """
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"{type(loader.dataset).__name__} is an iterable data set: pruning must choose samples by index; use a "
+            "map-style data set"
+        )
+    if loader.batch_sampler is None:
+        raise ValueError("the train_dataloader has batch_size=None: batches are needed to prune; set a batch_size")
+
+
 class IndexedLoader(DataLoader):
     """A ``DataLoader`` that keeps the indices of the batch it delivered last in :attr:`current`.
 
@@ -54,15 +69,8 @@ class IndexedLoader(DataLoader):
     _batch: BatchIndices | None = None
 
     def __init__(self, loader: DataLoader, sampler: Any = None, own_seed: int | None = None) -> None:
-        dataset = loader.dataset
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"{type(dataset).__name__} is an iterable data set: pruning must choose samples by index; use a "
-                "map-style data set"
-            )
+        check_indexable(loader)
         host = loader.batch_sampler
-        if host is None:
-            raise ValueError("the train_dataloader has batch_size=None: batches are needed to prune; set a batch_size")
         if type(host) is BatchSampler:
             batching = dict(batch_size=host.batch_size, sampler=sampler or host.sampler, drop_last=host.drop_last)
         else:
@@ -83,7 +91,7 @@ class IndexedLoader(DataLoader):
             generator = torch.Generator()
             init = None if init is None else SeedByPass(init)
         super().__init__(
-            IndexedDataset(dataset),
+            IndexedDataset(loader.dataset),
             collate_fn=_IndexedCollate(loader.collate_fn),
             worker_init_fn=init,
             generator=generator,

@@ -24,6 +24,10 @@ class _PassLoop:
     pruner: Pruner
     dataloader: IndexedLoader
 
+    def __init__(self, runner: Any, dataloader: DataLoader | dict, **kwargs: Any) -> None:
+        # the host's loop comes next in the order of bases
+        super().__init__(runner, self._indexed(runner, dataloader), **kwargs)  # type: ignore[call-arg]
+
     @staticmethod
     def _indexed(runner: Any, dataloader: DataLoader | dict) -> IndexedLoader:
         """The loader of a loop that is written out in a config, and the hook if it is not."""
@@ -54,9 +58,6 @@ class InfoBatchEpochLoop(_PassLoop, EpochBasedTrainLoop):
         kwargs: As for ``EpochBasedTrainLoop``: ``max_epochs, val_begin, val_interval, dynamic_intervals``.
     """
 
-    def __init__(self, runner: Any, dataloader: DataLoader | dict, **kwargs: Any) -> None:
-        super().__init__(runner, self._indexed(runner, dataloader), **kwargs)
-
     def run_epoch(self) -> None:
         """Walk one pass, or the rest of it after a resume."""
         done = self._before_pass()
@@ -79,9 +80,6 @@ class InfoBatchIterLoop(_PassLoop, IterBasedTrainLoop):
         kwargs: As for ``IterBasedTrainLoop``: ``max_iters, val_begin, val_interval, dynamic_intervals``.
             ``max_iters`` is that of the unpruned run; validation intervals count real iterations.
     """
-
-    def __init__(self, runner: Any, dataloader: DataLoader | dict, **kwargs: Any) -> None:
-        super().__init__(runner, self._indexed(runner, dataloader), **kwargs)
 
     def run(self) -> nn.Module:
         """Launch training. As in the host, the whole of it is one epoch to the hooks."""

@@ -11,7 +11,7 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from ..core import PlanSampler, Pruner, build_policy
-from .loader import IndexedLoader
+from .loader import IndexedLoader, check_indexable
 
 #: Samplers that visit every sample once per pass, so that a plan can take their place.
 _REPLACEABLE = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)
@@ -112,7 +112,7 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
         )
     sampler = host_sampler(loader)
     if not isinstance(sampler, InfoBatchSampler):
-        indexed = IndexedLoader(loader)  # refuses data sets that cannot be indexed
+        check_indexable(loader)
         if type(sampler) not in _REPLACEABLE or getattr(sampler, "replacement", False):
             raise ValueError(
                 f"the train_dataloader uses {type(sampler).__name__}, which does not visit every sample once per "
@@ -120,6 +120,6 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
             )
         shuffle = getattr(sampler, "shuffle", not isinstance(sampler, SequentialSampler))
         sampler = InfoBatchSampler(
-            indexed.dataset, shuffle=shuffle, seed=seed, round_up=getattr(sampler, "round_up", True)
+            loader.dataset, shuffle=shuffle, seed=seed, round_up=getattr(sampler, "round_up", True)
         )
     return IndexedLoader(loader, sampler, own_seed=seed)

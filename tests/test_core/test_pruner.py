@@ -433,3 +433,10 @@ def test_own_policy_takes_part_in_a_run():
     assert walk(pruner) == [(i, 2.0) for i in range(1, N, 2)]
     assert pruner.summary()["policy"] == "odd"
     refusal(make(), pruner.state_dict())
+
+
+def test_checking_a_state_looks_for_every_entry_of_one():
+    state = make().state_dict()
+    for key in state:
+        with pytest.raises(ValueError, match="damaged|version"):
+            make().check_state({k: v for k, v in state.items() if k != key})
