@@ -438,5 +438,5 @@ def test_own_policy_takes_part_in_a_run():
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
     for key in state:
-        with pytest.raises(ValueError, match="damaged|version"):
+        with pytest.raises(ValueError, match=r"damaged|version"):
             make().check_state({k: v for k, v in state.items() if k != key})
