@@ -52,7 +52,7 @@ def main() -> None:
     weights = torch.rand(args.batch_size) + 0.5
 
     def step(weighed: bool) -> float:
-        restore = attach_views(model, weigher) if weighed else None
+        views = attach_views(model, weigher) if weighed else None
         start = time.perf_counter()
         if weighed:
             weigher.begin(weights)
@@ -63,8 +63,8 @@ def main() -> None:
         if weighed:
             weigher.end()
         elapsed = time.perf_counter() - start
-        if restore is not None:
-            restore()
+        if views is not None:
+            views.restore()
         return elapsed
 
     for _ in range(5):

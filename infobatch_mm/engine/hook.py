@@ -17,9 +17,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
-from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy
+from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
 from ..losses import LossWeigher, attach_views
-from . import rng
 from .loader import BatchIndices, IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
@@ -111,7 +110,7 @@ class InfoBatchHook(Hook):
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._undo.append(attach_views(model, self._weigher, self._score_auxiliary))
+        self._undo.append(self._attach(runner, model))
         if isinstance(policy, NoPruning):
             loader = self._watch(loop)
         else:
@@ -135,6 +134,15 @@ class InfoBatchHook(Hook):
             check_summary(runner.work_dir, self._pruner.summary())
         settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
         runner.logger.info(f"InfoBatch: {settings}, {self._pruner.schedule.num_samples} samples")
+
+    def _attach(self, runner: Any, model: Any) -> Callable[[], None]:
+        views = attach_views(model, self._weigher, self._score_auxiliary)
+        if views.not_separable:
+            runner.logger.info(
+                "InfoBatch: these losses do not separate over samples; in pruned passes the mean of the samples' own "
+                f"losses is optimised in their place, which is not unbiased: {', '.join(views.not_separable)}"
+            )
+        return views.restore
 
     def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
         """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
@@ -349,7 +357,12 @@ class InfoBatchHook(Hook):
         # Taken here and kept: another hook may walk the loader before the step is over.
         self._batch = runner.train_dataloader.current
         indices = self._batch.indices
-        self._weigher.begin(torch.ones(len(indices)) if self._pacer is None else self._pruner.weights(indices))
+        if self._pacer is None:
+            self._weigher.begin(torch.ones(len(indices)), pruned=False)
+        else:
+            plan = self._pruner.plan
+            assert plan is not None
+            self._weigher.begin(self._pruner.weights(indices), pruned=plan.pruned)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Record the scores of the batch and count its visits."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 from torch import nn
 
+from .attach import AttachedViews
+from .registry import HeadRule, register_head_view, register_loss_factory, register_loss_view, samplewise
+from .views import LossView, SampleLosses
 from .weigher import LossWeigher
 
 #: Host package of a model class -> module with its ``attach_views(model, weigher, score_auxiliary)``.
-_HOSTS = {"mmseg": "infobatch_mm.losses.mmseg"}
+_HOSTS = {"mmseg": "infobatch_mm.losses.mmseg", "mmdet": "infobatch_mm.losses.mmdet"}
 
 
-def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> Callable[[], None]:
+def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
     """Make the losses of a host's model weigh and score its samples.
 
     Args:
@@ -22,7 +24,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         score_auxiliary (bool): Whether auxiliary losses count in the score. Defaults to False.
 
     Returns:
-        Callable: Restores the model when called.
+        AttachedViews: What was attached; its ``restore()`` gives the model back to the host.
 
     Raises:
         ValueError: With the name of what cannot be weighed and what to do.
@@ -37,4 +39,15 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
     )
 
 
-__all__ = ["LossWeigher", "attach_views"]
+__all__ = [
+    "AttachedViews",
+    "HeadRule",
+    "LossView",
+    "LossWeigher",
+    "SampleLosses",
+    "attach_views",
+    "register_head_view",
+    "register_loss_factory",
+    "register_loss_view",
+    "samplewise",
+]

@@ -17,16 +17,39 @@ class LossWeigher:
 
     def __init__(self) -> None:
         self._weights: Tensor | None = None
-        self._scores: dict[object, tuple[Tensor, Tensor]] = {}
+        self._pruned = True
+        self._scores: Tensor | None = None
+        self._valid: Tensor | None = None
 
     @property
     def active(self) -> bool:
         """Whether a training batch is in hand."""
         return self._weights is not None
 
-    def begin(self, weights: Tensor) -> None:
-        """Take the weights of the next batch, shape ``(B,)``, float32."""
-        self._weights, self._scores = weights, {}
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in the batch in hand."""
+        assert self._weights is not None
+        return self._weights.numel()
+
+    @property
+    def pruned(self) -> bool:
+        """Whether the batch is part of a pruned pass: decides the form of losses that do not separate."""
+        return self._pruned
+
+    def begin(self, weights: Tensor, pruned: bool = True) -> None:
+        """Take the weights of the next batch.
+
+        Args:
+            weights (Tensor): Shape ``(B,)``, float32; all one in a full pass.
+            pruned (bool): Whether the pass leaves samples out. Defaults to True.
+        """
+        self._weights, self._pruned = weights, pruned
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the scores so far: the batch goes through the model once more."""
+        self._scores = self._valid = None
 
     def end(self) -> tuple[Tensor | None, Tensor | None]:
         """Close the batch.
@@ -35,14 +58,17 @@ class LossWeigher:
             tuple: Scores, shape ``(B,)``, float32, unweighted, on the loss's device, and which of them
             rest on at least one valid pixel, shape ``(B,)``, bool; both None if no loss was scored.
         """
-        parts = list(self._scores.values())
-        self._weights, self._scores = None, {}
-        if not parts:
-            return None, None
-        scores, valid = parts[0]
-        for more, also_valid in parts[1:]:
-            scores, valid = scores + more, valid & also_valid
+        scores, valid = self._scores, self._valid
+        self._weights = None
+        self.restart()
         return scores, valid
+
+    def weights_on(self, device: torch.device) -> Tensor:
+        """The batch's weights, shape ``(B,)``, moved to a device once."""
+        assert self._weights is not None
+        if self._weights.device != device:
+            self._weights = self._weights.to(device, non_blocking=True)
+        return self._weights
 
     def weigh(self, per_sample: Tensor, host_loss: Tensor, normaliser: Tensor | float) -> Tensor:
         """The loss to hand back to the host: its value is the host's, its gradient is weighted.
@@ -53,35 +79,60 @@ class LossWeigher:
 
         Args:
             per_sample (Tensor): Sum of the loss over each sample, shape ``(B,)``, with gradient.
-            host_loss (Tensor): The host's own reduced loss, scalar; only its value is used.
+            host_loss (Tensor): The host's own reduced loss, of one element; only its value is used.
             normaliser (Tensor | float): What the host divides by, untouched by weights.
 
         Returns:
-            Tensor: Scalar of ``host_loss``'s dtype.
+            Tensor: Of ``host_loss``'s shape and dtype.
+
+        Raises:
+            ValueError: If the loss is not one of the batch's samples.
         """
-        assert self._weights is not None
-        if self._weights.shape != per_sample.shape:
+        if per_sample.shape != (self.batch_size,):
             raise ValueError(
-                f"a loss was computed over {per_sample.numel()} samples, but the batch has {self._weights.numel()}: "
+                f"a loss was computed over {per_sample.numel()} samples, but the batch has {self.batch_size}: "
                 "a loss that drops, splits or multiplies samples cannot be weighed"
             )
-        if self._weights.device != per_sample.device:
-            self._weights = self._weights.to(per_sample.device, non_blocking=True)
-        weighted = (per_sample * self._weights).sum() / normaliser
-        return _ValueOfOne.apply(host_loss.detach(), weighted.to(host_loss.dtype))
+        weighted = (per_sample * self.weights_on(per_sample.device)).sum() / normaliser
+        return ValueOfOne.apply(host_loss.detach(), weighted.to(host_loss.dtype).view(host_loss.shape))
 
-    def score(self, view: object, mean_loss: Tensor, valid: Tensor) -> None:
-        """Set one view's share of the scores of the batch's samples; a second forward pass replaces it.
+    def scale_gradient(self, predictions: Tensor, axis: int = 0, rows: list[int] | None = None) -> Tensor:
+        """The same predictions; the gradient that comes back through them is multiplied by the weights.
+
+        Where a loss separates over samples, d(sum of weight_i * c_i) / d(prediction_i) is weight_i times
+        the host's own gradient: no knowledge of the loss or of its normaliser is needed.
 
         Args:
-            view (object): The view that computed the loss.
+            predictions (Tensor): Size B along ``axis``, or any size where ``rows`` says whose each is.
+            axis (int): The batch's axis. Defaults to 0.
+            rows (list[int], optional): How many consecutive entries along ``axis`` belong to each sample.
+
+        Returns:
+            Tensor: A view of ``predictions``.
+        """
+        weights = self.weights_on(predictions.device)
+        if rows is not None:
+            weights = weights.repeat_interleave(torch.tensor(rows, device=weights.device))
+        shape = [-1 if dim == axis else 1 for dim in range(predictions.dim())]
+        return ScaledGradient.apply(predictions, weights.view(shape))
+
+    def score(self, mean_loss: Tensor, valid: Tensor) -> None:
+        """Add one loss to the scores of the batch's samples.
+
+        A term without a valid pixel in a sample adds nothing there; a sample is scored if any term has one.
+
+        Args:
             mean_loss (Tensor): Mean of the loss over each sample's valid pixels, shape ``(B,)``.
             valid (Tensor): Whether a sample has a valid pixel, shape ``(B,)``, bool.
         """
-        self._scores[view] = (mean_loss.detach().float(), valid)
+        mean_loss = torch.where(valid, mean_loss.detach().float(), 0.0)
+        if self._scores is None or self._valid is None:
+            self._scores, self._valid = mean_loss, valid
+        else:
+            self._scores, self._valid = self._scores + mean_loss, self._valid | valid
 
 
-class _ValueOfOne(torch.autograd.Function):
+class ValueOfOne(torch.autograd.Function):
     """Forward the value of the first argument, backward the gradient to the second."""
 
     @staticmethod
@@ -91,6 +142,20 @@ class _ValueOfOne(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         return None, grads[0]
+
+
+class ScaledGradient(torch.autograd.Function):
+    """Forward the first argument, backward its gradient times the second."""
+
+    @staticmethod
+    def forward(ctx: Any, predictions: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return predictions.view_as(predictions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return (grads[0] * weights).to(grads[0].dtype), None
 
 
 def samplewise_sum(elementwise: Tensor) -> Tensor:

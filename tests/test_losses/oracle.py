@@ -138,7 +138,8 @@ def all_loss_modules(model):
 
 def total(losses):
     """What the host optimises (``parse_losses``): the sum of the keys with 'loss' in them."""
-    return sum(value.mean() for key, value in losses.items() if "loss" in key)
+    terms = [value if isinstance(value, list) else [value] for key, value in losses.items() if "loss" in key]
+    return sum(sum(each.mean() for each in term) for term in terms)
 
 
 def gradients(model):

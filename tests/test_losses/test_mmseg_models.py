@@ -113,7 +113,7 @@ def twins(name_or_config, dtype=torch.float32):
 
 def attached(model, **options):
     weigher = LossWeigher()
-    return weigher, attach_views(model, weigher, **options)
+    return weigher, attach_views(model, weigher, **options).restore
 
 
 def step(model, inputs, labels):

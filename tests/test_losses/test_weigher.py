@@ -81,24 +81,24 @@ def test_inputs_are_left_alone():
     weigher = LossWeigher()
     weigher.begin(weights)
     weigher.weigh(per_sample, host_loss, 3.0)
-    weigher.score(object(), per_sample, torch.ones(3, dtype=torch.bool))
-    weigher.score(object(), per_sample, torch.ones(3, dtype=torch.bool))
+    weigher.score(per_sample, torch.ones(3, dtype=torch.bool))
+    weigher.score(per_sample, torch.ones(3, dtype=torch.bool))
     for left, right in zip((per_sample, host_loss, weights), before, strict=True):
         assert torch.equal(left, right)
 
 
-def test_scores_add_up_and_a_sample_is_valid_only_where_every_loss_says_so():
+def test_scores_add_up_over_the_losses_that_have_a_valid_pixel_in_the_sample():
     weigher = begun(1.0, 1.0, 1.0)
-    weigher.score(object(), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, True, False]))
-    weigher.score(object(), torch.tensor([0.5, 0.5, 0.5]), torch.tensor([True, False, True]))
+    weigher.score(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, True, False]))
+    weigher.score(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([True, False, True]))
     scores, valid = weigher.end()
-    assert scores.tolist() == [1.5, 2.5, 3.5]
-    assert valid.tolist() == [True, False, False]
+    assert scores.tolist() == [1.5, 2.0, 0.5]
+    assert valid.tolist() == [True, True, True]
 
 
 def test_scores_are_float32_and_hold_no_graph():
     weigher = begun(1.0, 1.0)
-    weigher.score(object(), torch.rand(2, dtype=torch.float64, requires_grad=True) * 2, torch.tensor([True, True]))
+    weigher.score(torch.rand(2, dtype=torch.float64, requires_grad=True) * 2, torch.tensor([True, True]))
     scores, _ = weigher.end()
     assert scores.dtype == torch.float32
     assert not scores.requires_grad
@@ -106,11 +106,11 @@ def test_scores_are_float32_and_hold_no_graph():
 
 def test_scores_do_not_survive_their_batch():
     weigher = begun(1.0, 1.0)
-    weigher.score(object(), torch.ones(2), torch.tensor([True, True]))
+    weigher.score(torch.ones(2), torch.tensor([True, True]))
     weigher.begin(torch.ones(2))  # the batch before was given up (an exception in the forward pass, say)
-    weigher.score(object(), torch.full((2,), 5.0), torch.tensor([True, False]))
+    weigher.score(torch.full((2,), 5.0), torch.tensor([True, False]))
     scores, valid = weigher.end()
-    assert scores.tolist() == [5.0, 5.0]
+    assert scores.tolist() == [5.0, 0.0]
     assert valid.tolist() == [True, False]
     assert weigher.end() == (None, None)
 
@@ -119,7 +119,7 @@ def test_weigher_copies_in_the_middle_of_a_batch():
     weigher = begun(1.0, 2.0)
     per_sample = torch.rand(2, requires_grad=True)
     weigher.weigh(per_sample, per_sample.sum(), 1.0)
-    weigher.score(object(), per_sample, torch.tensor([True, True]))
+    weigher.score(per_sample, torch.tensor([True, True]))
     copy.deepcopy(weigher)
 
 

@@ -1,0 +1,104 @@
+"""Attaching views to the heads of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .registry import HeadRule, head_rule, loss_factory, samplewise
+from .views import HOW_TO, LossView, SamplewiseView
+from .weigher import LossWeigher
+
+
+class AttachedViews:
+    """The views of one model, in place until :meth:`restore`.
+
+    Args:
+        views (list[LossView]): What to attach.
+
+    Raises:
+        ValueError: If one of them would stand in for another run's view; nothing is attached then.
+    """
+
+    def __init__(self, views: list[LossView]) -> None:
+        for view in views:
+            if isinstance(view.host, LossView):
+                raise ValueError(f"{view.title} is weighed by another hook already: keep one InfoBatchHook per model")
+        self._views = views
+        for view in views:
+            view.attach()
+
+    @property
+    def vectorised(self) -> bool:
+        """Whether every loss comes from one evaluation: the fast path."""
+        return all(view.vectorised for view in self._views)
+
+    @property
+    def not_separable(self) -> list[str]:
+        """Names of losses that do not separate over samples: in pruned passes each sample's own is optimised."""
+        return [view.title for view in self._views if isinstance(view, SamplewiseView) and not view.separable]
+
+    def restore(self) -> None:
+        """Give the model back to the host; a second call does nothing."""
+        while self._views:
+            self._views.pop().restore()
+
+
+def head_views(
+    name: str,
+    head: nn.Module,
+    weigher: LossWeigher,
+    scored: bool,
+    default: HeadRule,
+) -> Iterator[LossView]:
+    """The views of one head.
+
+    Args:
+        name (str): The head's name in its model, for messages.
+        head (nn.Module): The head.
+        weigher (LossWeigher): Weights and scores of the batch.
+        scored (bool): Whether the head counts in the score.
+        default (HeadRule): How heads of this host are weighed that nobody registered.
+
+    Yields:
+        LossView: Not attached yet.
+
+    Raises:
+        ValueError: If the head has no losses to weigh.
+    """
+    title = f"{name} ({type(head).__name__})"
+    rule = head_rule(head) or default
+    if rule.by_modules:
+        for attribute, module in _loss_modules(head):
+            factory = loss_factory(module) or samplewise()
+            # The host trains on what has "loss" in its name and only displays the rest.
+            counts = scored and "loss" in getattr(module, "loss_name", "loss")
+            loss = f"{name}.{attribute} ({type(module).__name__} of {type(head).__name__})"
+            yield factory(module, weigher, counts, loss)
+        return
+    if not callable(getattr(head, rule.method, None)):
+        raise ValueError(f"{title} has no {rule.method}(): its losses cannot be weighed; {HOW_TO}")
+    yield SamplewiseView(
+        head,
+        weigher,
+        scored,
+        title,
+        rule.method,
+        separable=rule.separable,
+        trusted=rule.trusted,
+        axes=rule.axes,
+        rows=rule.rows,
+        valid=rule.valid or default.valid,
+    )
+
+
+def _loss_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules at the attributes called ``loss*``, of the head and of heads inside it."""
+    for name, child in module.named_children():
+        if not name.startswith("loss"):
+            yield from _loss_modules(child, f"{prefix}{name}.")
+        elif isinstance(child, nn.ModuleList):
+            yield from ((f"{prefix}{name}.{i}", each) for i, each in enumerate(child))
+        else:
+            yield prefix + name, child

@@ -1,0 +1,173 @@
+"""The arguments of a host's loss, taken apart by sample.
+
+A host calls its losses with nested lists of tensors and data samples. Here is the one place that knows
+which axis of which part is the batch's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+
+class BatchedArguments:
+    """Arguments of one call, by parameter name, with the batch's axis of each part.
+
+    Batched are: tensors of size B along their first axis (or the axis given), lists of such tensors
+    (levels of a pyramid), lists of B other things (data samples, images' sizes), dicts of these, and tensors
+    whose rows belong to the samples as ``rows`` says. All else is shared by the samples.
+
+    Args:
+        arguments (Mapping): Parameter name to value.
+        batch_size (int): Number B of samples.
+        axes (Mapping, optional): Parameter name to the batch's axis of its tensors, where it is not the
+            first. Lists are entered: their tensors have the batch first.
+        rows (Mapping, optional): Parameter name to the numbers of consecutive rows of the B samples.
+
+    Raises:
+        ValueError: If a tensor that carries a gradient has no batch axis, or none carries one.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        batch_size: int,
+        axes: Mapping[str, int] | None = None,
+        rows: Mapping[str, list[int]] | None = None,
+    ) -> None:
+        self.arguments = arguments
+        self.batch_size = batch_size
+        self._axes, self._rows = axes or {}, rows or {}
+        self._pieces: dict[str, Any] | None = None
+
+    def samples(self) -> list[dict[str, Any]]:
+        """The arguments of each sample alone: B times a batch of one.
+
+        Data samples are shallow copies: heads write into them.
+        """
+        if self._pieces is None:
+            self._pieces = self._map(self._split, lambda values: _Pieces([like(values, [value]) for value in values]))
+        return [{name: _pick(value, i) for name, value in self._pieces.items()} for i in range(self.batch_size)]
+
+    def copied(self) -> dict[str, Any]:
+        """The arguments with copies of the data samples, for a call beside the host's own."""
+        return self._map(lambda tensor, axis, rows: tensor, _shallow)
+
+    def scaled(self, scale: Callable[[Tensor, int, list[int] | None], Tensor]) -> dict[str, Any]:
+        """The arguments with ``scale(tensor, axis, rows)`` in place of each batched tensor with gradient."""
+        return self._map(
+            lambda tensor, axis, rows: scale(tensor, axis, rows) if tensor.requires_grad else tensor,
+            lambda values: values,
+        )
+
+    def rolled(self) -> dict[str, Any]:
+        """The arguments of the same batch in another order; not for arguments with ``rows``."""
+        return self._map(
+            lambda tensor, axis, rows: tensor.roll(1, axis),
+            lambda values: _shallow(like(values, [values[-1], *values[:-1]])),
+        )
+
+    def predictions(self) -> list[tuple[Tensor, int]]:
+        """Batched tensors that carry a gradient, each with its batch axis; not for arguments with ``rows``."""
+        found: list[tuple[Tensor, int]] = []
+
+        def collect(tensor: Tensor, axis: int, rows: list[int] | None) -> Tensor:
+            if tensor.requires_grad:
+                found.append((tensor, axis))
+            return tensor
+
+        self._map(collect, lambda values: values)
+        return found
+
+    def check(self) -> None:
+        """Raise a ValueError if a prediction cannot be told apart by sample, or if there is none."""
+        if not self.predictions():
+            raise ValueError(f"none of {', '.join(self.arguments)} is a prediction with {self.batch_size} rows")
+
+    def _split(self, tensor: Tensor, axis: int, rows: list[int] | None) -> _Pieces:
+        # split() and not slices: its backward is one concatenation instead of B tensors of zeros.
+        return _Pieces(list(tensor.split(1 if rows is None else rows, axis)))
+
+    def _map(self, on_tensor: Callable, on_list: Callable) -> dict[str, Any]:
+        mapped = {}
+        for name, value in self.arguments.items():
+            rows = self._rows.get(name)
+            if isinstance(value, Tensor) and rows is not None:
+                if len(rows) != self.batch_size or sum(rows) != len(value):
+                    raise ValueError(f"{name} has {len(value)} rows, which are not those of its samples: {rows}")
+                mapped[name] = on_tensor(value, 0, rows)
+            else:
+                axis = self._axes.get(name, 0) if isinstance(value, Tensor) else 0
+                mapped[name] = self._map_value(name, value, axis, on_tensor, on_list)
+        return mapped
+
+    def _map_value(self, name: str, value: Any, axis: int, on_tensor: Callable, on_list: Callable) -> Any:
+        def enter(each: Any) -> Any:
+            return self._map_value(name, each, 0, on_tensor, on_list)
+
+        if isinstance(value, Tensor):
+            if value.dim() > axis and value.shape[axis] == self.batch_size:
+                return on_tensor(value, axis, None)
+            if value.requires_grad:
+                raise ValueError(
+                    f"{name} is a prediction of shape {tuple(value.shape)}, expected {self.batch_size} rows along "
+                    f"axis {axis}, one for each sample"
+                )
+            return value
+        if isinstance(value, (list, tuple)) and value:
+            if _carries_gradient(value) or all(self._is_batched(each) for each in value):
+                return like(value, [enter(each) for each in value])
+            return on_list(value) if len(value) == self.batch_size else value
+        if isinstance(value, dict) and any(isinstance(each, (Tensor, list, tuple)) for each in value.values()):
+            return {key: enter(each) for key, each in value.items()}
+        return value
+
+    def _is_batched(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.batch_size
+
+
+class _Pieces(list):
+    """One entry for each sample."""
+
+
+def _pick(value: Any, i: int) -> Any:
+    if isinstance(value, _Pieces):
+        return _shallow(value[i])
+    if isinstance(value, (list, tuple)):
+        return like(value, [_pick(each, i) for each in value])
+    if isinstance(value, dict) and any(isinstance(each, (_Pieces, list, tuple)) for each in value.values()):
+        return {key: _pick(each, i) for key, each in value.items()}
+    return value
+
+
+def _shallow(value: Any) -> Any:
+    """Copies of the data samples in a list, which share their tensors."""
+    if isinstance(value, (list, tuple)):
+        return like(value, [_shallow(each) for each in value])
+    if isinstance(value, BaseDataElement):
+        return value.new()
+    return copy.copy(value) if isinstance(value, dict) else value
+
+
+def like(original: list | tuple, values: list) -> Any:
+    """The values as a sequence of the original's type."""
+    if isinstance(original, tuple):
+        return type(original)(*values) if hasattr(original, "_fields") else tuple(values)
+    return values
+
+
+def _carries_gradient(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(_carries_gradient(each) for each in value)
+
+
+def stack_scalars(values: list[Tensor]) -> Tensor:
+    """The losses of the samples, each of one element, as one tensor of shape ``(B,)``, at least float32."""
+    stacked = torch.stack([value.reshape(()) for value in values])
+    return stacked.to(torch.promote_types(stacked.dtype, torch.float32))

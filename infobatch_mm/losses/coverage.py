@@ -1,0 +1,57 @@
+"""Proof that no part of a loss reaches the model's parameters unweighed.
+
+Every weighted loss has one of two nodes in its graph: one that stands for a weighted objective, or one that
+multiplies the gradient of predictions. A way from a loss to a parameter that meets neither is a term that
+would be trained on without its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .weigher import ScaledGradient, ValueOfOne
+
+_WEIGHED = (ValueOfOne._backward_cls, ScaledGradient._backward_cls)  # type: ignore[attr-defined]
+
+
+def check_coverage(model: nn.Module, losses: Mapping[tuple, Tensor]) -> None:
+    """Refuse a model with a loss that is not weighed.
+
+    Args:
+        model (nn.Module): The model, for the names of its parameters.
+        losses (Mapping): Path in the host's dict of losses to the loss, with its graph.
+
+    Raises:
+        ValueError: With the name of the loss and of a parameter that it would train unweighed.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for path, loss in losses.items():
+        parameter = _unweighed_parameter(loss)
+        if parameter is not None:
+            name = next((name for name, each in model.named_parameters() if each is parameter), "its input")
+            raise ValueError(
+                f"{type(model).__name__} has a loss that no view weighs: {'.'.join(map(str, path))} trains {name} "
+                "without the samples' weights; write a view for the head that computes it (see 'Heads and losses of "
+                "your own' in docs/losses.md), or train without InfoBatchHook"
+            )
+
+
+def _unweighed_parameter(loss: Tensor) -> Tensor | None:
+    """A leaf of the loss's graph that is reached past all weighing, or None."""
+    if loss.grad_fn is None:
+        return loss if loss.requires_grad else None
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node in seen or isinstance(node, _WEIGHED):
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            return leaf
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return None

@@ -1,0 +1,195 @@
+"""MMSegmentation's losses: how each is taken apart by sample.
+
+Normalisers are the host's and never see a weight.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from mmseg.models.losses import (
+    BoundaryLoss,
+    CrossEntropyLoss,
+    DiceLoss,
+    FocalLoss,
+    HuasdorffDisstanceLoss,
+    LovaszLoss,
+    OhemCrossEntropy,
+    SiLogLoss,
+    TverskyLoss,
+)
+from mmseg.models.losses.cross_entropy_loss import binary_cross_entropy, cross_entropy
+from mmseg.models.losses.kldiv_loss import KLDivLoss
+from torch import Tensor, nn
+
+from .registry import register_loss_factory, register_loss_view, samplewise
+from .views import LossView, SampleLosses, VectorisedView
+from .weigher import LossWeigher, samplewise_sum, valid_per_sample
+
+_EPS = torch.finfo(torch.float32).eps  # what the host adds to its normalisers
+
+
+# ---- cross entropy ----------------------------------------------------------------------------------
+
+
+@register_loss_factory(CrossEntropyLoss)
+def _cross_entropy_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
+    _check_reduction(module, title)
+    criterion = module.cls_criterion
+    if criterion not in (cross_entropy, binary_cross_entropy) and not isinstance(criterion, LossView):
+        return samplewise()(module, weigher, scored, title)
+    # One below forward, where the host's value can be had by the host's own operations.
+    return VectorisedView(
+        module, weigher, scored, title, _cross_entropy, attribute="cls_criterion", scale=float(module.loss_weight)
+    )
+
+
+def _cross_entropy(
+    module: nn.Module,
+    pred: Tensor,
+    label: Tensor,
+    weight: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: float | None = None,
+    ignore_index: int = -100,
+    avg_non_ignore: bool = False,
+    **kwargs: Any,
+) -> SampleLosses:
+    binary = module.use_sigmoid
+    options = dict(class_weight=class_weight, ignore_index=ignore_index, avg_non_ignore=avg_non_ignore, **kwargs)
+    elementwise = module.cls_criterion(pred, label, weight, reduction="none", **options)
+    valid = label != ignore_index
+    if binary:
+        valid = valid & (label >= 0)
+    normaliser = _normaliser(binary, elementwise, label, valid, reduction, avg_factor, options)
+    # The host's value, by the host's own operations, so that it is equal to the bit.
+    value = elementwise.mean() if normaliser is None else (elementwise.sum() / normaliser).to(elementwise.dtype)
+    return SampleLosses(
+        sums=samplewise_sum(elementwise),
+        normaliser=elementwise.numel() if normaliser is None else normaliser,
+        # One-hot losses have one element per class and pixel.
+        counts=valid_per_sample(valid) * (elementwise.numel() // valid.numel()),
+        value=value,
+    )
+
+
+def _normaliser(
+    binary: bool,
+    elementwise: Tensor,
+    label: Tensor,
+    valid: Tensor,
+    reduction: str,
+    avg_factor: float | None,
+    options: dict[str, Any],
+) -> Tensor | float | None:
+    """What the host divides the summed loss by; None stands for a plain mean over all elements.
+
+    Follows ``cross_entropy`` and ``binary_cross_entropy`` of mmseg, without their ``.item()``: counts stay
+    tensors, so that no step waits for the device (class weights make it wait, as they do in the host).
+    """
+    if reduction == "sum":
+        return 1.0
+    if avg_factor is not None:
+        return avg_factor + _EPS
+    if binary:
+        if not options["avg_non_ignore"]:
+            return None
+        return (valid.sum() * (elementwise.numel() // valid.numel())).float() + _EPS
+    class_weight = options["class_weight"]
+    if class_weight is not None:
+        counted = valid if options["avg_non_ignore"] or not _counts_ignored_pixels() else valid.new_ones(label.shape)
+        return class_weight[label[counted]].sum() + _EPS
+    if options["avg_non_ignore"]:
+        return valid.sum().float() + _EPS
+    return label.numel() + _EPS
+
+
+@lru_cache(maxsize=1)
+def _counts_ignored_pixels() -> bool:
+    """Whether this host's class-weighted mean divides by the weights of ignored pixels as well.
+
+    Upstream mmseg does, its fork does not: ask it, with one valid and one ignored pixel.
+    """
+    pred, label = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]])
+    loss = cross_entropy(pred, label, class_weight=torch.ones(2), ignore_index=1)
+    return bool(loss < 0.5)  # ln(2) over one pixel, or over two
+
+
+# ---- losses that give their elements, or one value for each sample ----------------------------------
+
+
+def _by_elements(
+    module: nn.Module,
+    pred: Tensor,
+    target: Tensor,
+    *args: Any,
+    avg_factor: float | None = None,
+    reduction_override: str | None = None,
+    **kwargs: Any,
+) -> SampleLosses:
+    elementwise = module(pred, target, *args, reduction_override="none", **kwargs)
+    valid = torch.ones_like(target, dtype=torch.bool)
+    if target.shape != pred.shape:
+        valid = target != kwargs.get("ignore_index", 255)
+    pixels = valid_per_sample(valid)
+    one_each = elementwise.dim() == 1
+    counts = (pixels > 0).long() if one_each else pixels * (elementwise.numel() // valid.numel())
+    normaliser: Tensor | float = elementwise.numel()
+    if (reduction_override or module.reduction) == "sum":
+        normaliser = 1.0
+    elif avg_factor is not None:
+        normaliser = avg_factor + _EPS
+    return SampleLosses(samplewise_sum(elementwise), normaliser, counts)
+
+
+def _elements_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
+    _check_reduction(module, title)
+    return VectorisedView(module, weigher, scored, title, _by_elements)
+
+
+for _loss in (DiceLoss, FocalLoss, SiLogLoss):
+    register_loss_factory(_loss)(_elements_view)
+
+
+@register_loss_factory(LovaszLoss)
+def _lovasz_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
+    if module.per_image:
+        return _elements_view(module, weigher, scored, title)
+    # Sorts the pixels of the whole batch: each one's gradient depends on all others.
+    return samplewise(trusted=True, valid=_has_valid_pixel)(module, weigher, scored, title)
+
+
+@register_loss_view(KLDivLoss)
+def _kl_divergence(module: nn.Module, pred: Tensor, target: Tensor) -> SampleLosses:
+    losses = module(pred, target)  # one for each sample, or elements: the host takes their mean
+    counts = torch.full((len(losses),), losses[0].numel(), device=losses.device)
+    return SampleLosses(samplewise_sum(losses), losses.numel(), counts)
+
+
+# ---- losses that are evaluated sample by sample -----------------------------------------------------
+
+
+def _has_valid_pixel(module: nn.Module, arguments: dict) -> Tensor:
+    """Which samples have a label that this loss does not ignore; the labels are its second argument."""
+    label = list(arguments.values())[1]
+    ignore_index = arguments.get("kwargs", arguments).get("ignore_index")
+    if ignore_index is None:
+        ignore_index = getattr(module, "ignore_label", getattr(module, "ignore_index", 255))
+    return valid_per_sample(label != ignore_index) > 0
+
+
+# OHEM keeps the hardest pixels of the batch: they, and their number, are held like a normaliser.
+for _loss in (TverskyLoss, HuasdorffDisstanceLoss, OhemCrossEntropy):
+    register_loss_factory(_loss)(samplewise(separable=True, trusted=True, valid=_has_valid_pixel))
+
+# Weighs its two classes by their numbers of pixels in the batch.
+register_loss_factory(BoundaryLoss)(samplewise(trusted=True, valid=_has_valid_pixel))
+
+
+def _check_reduction(module: nn.Module, title: str) -> None:
+    if module.reduction not in ("mean", "sum"):
+        raise ValueError(f"{title} has reduction={module.reduction!r}, which gives no scalar: use reduction='mean'")
