@@ -1,12 +1,13 @@
 # What a newcomer runs. PYTHON chooses the interpreter of the virtual environment, 3.10 or newer.
 PYTHON ?= python3
 VENV := .venv
+OPS := .venv-ops
 DEMO := configs/demo/fcn_r18-tiny_1xb8
 BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo demo-data test test-slow lint clean
+.PHONY: help setup ops demo demo-data test test-slow test-ops lint zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,12 +16,25 @@ help:
 	@echo "make demo-data  draw the demo's data set into data/demo"
 	@echo "make test       default test suite;  make test-slow: the long tests"
 	@echo "make lint       ruff and mypy"
+	@echo "make zoo        weigh every method folder of MMSegmentation, about a quarter of an hour"
+	@echo "make ops        a second environment in $(OPS), with mmcv's operators compiled for the CPU and MMDetection;"
+	@echo "                make test-ops: the tests that need them"
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mm,report,test,dev]'
+	touch $@
+
+# mmcv is compiled against the torch it runs with; its sources need C++17, which torch 2.14 and newer refuse.
+ops: $(OPS)/.installed
+
+$(OPS)/.installed: setup.py
+	test -x $(OPS)/bin/python || $(PYTHON) -m venv $(OPS)
+	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.*' torchvision setuptools wheel ninja psutil
+	MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 $(OPS)/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-binary onedl-mmcv onedl-mmcv
+	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mm,det,report,test]'
 	touch $@
 
 data/demo/.drawn: $(VENV)/.installed infobatch_mm/demo/street.py
@@ -38,10 +52,16 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
+test-ops: $(OPS)/.installed
+	$(OPS)/bin/python -m pytest tests/test_losses
+
+zoo: $(VENV)/.installed
+	$(BIN)/python benchmarks/zoo.py --json work_dirs/zoo.json --markdown work_dirs/zoo.md
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) work_dirs data/demo
+	rm -rf $(VENV) $(OPS) work_dirs data/demo

@@ -11,7 +11,16 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "infobatch_mm/version.py").
 EXTRAS = {
     # The maintained forks of the OpenMMLab packages. Leave this extra out where another OpenMMLab
     # installation is there already: it has the same import names.
-    "mm": ["torchvision", "onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3", "onedl-mmsegmentation>=1.4", "pillow"],
+    "mm": [
+        "torchvision",
+        "onedl-mmengine>=0.10.12",
+        "onedl-mmcv>=2.3",
+        "onedl-mmsegmentation>=1.4",
+        "onedl-mmpretrain>=1.3",
+        "pillow",
+    ],
+    # Imports only where mmcv has its compiled operators (`make ops`); ftfy and regex are SAN's text encoder's.
+    "det": ["onedl-mmdetection>=3.5", "ftfy", "regex"],
     "diffusers": ["diffusers>=0.30", "accelerate>=0.33"],
     "report": ["matplotlib>=3.7", "rich>=13"],
     "test": ["pytest>=8", "pytest-timeout>=2.3"],

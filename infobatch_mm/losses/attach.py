@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .registry import HeadRule, head_rule, loss_factory, samplewise
-from .views import HOW_TO, LossView, SamplewiseView
-from .weigher import LossWeigher
+from .registry import HeadRule, ViewFactory, head_rule, loss_factory, samplewise
+from .samplewise import SamplewiseView
+from .views import LossView, OrderView
+from .weigher import HOW_TO, LossWeigher
 
 
 class AttachedViews:
@@ -25,8 +26,13 @@ class AttachedViews:
         for view in views:
             if isinstance(view.host, LossView):
                 raise ValueError(f"{view.title} is weighed by another hook already: keep one InfoBatchHook per model")
-        self._views = views
+        # A loss module that heads share has one view, which scores if it does for any of them.
+        places: dict[tuple[int, str], LossView] = {}
         for view in views:
+            first = places.setdefault((id(view.owner), view.attribute), view)
+            first.scored = first.scored or view.scored
+        self._views = list(places.values())
+        for view in self._views:
             view.attach()
 
     @property
@@ -51,6 +57,7 @@ def head_views(
     weigher: LossWeigher,
     scored: bool,
     default: HeadRule,
+    default_loss: ViewFactory | None = None,
 ) -> Iterator[LossView]:
     """The views of one head.
 
@@ -60,6 +67,7 @@ def head_views(
         weigher (LossWeigher): Weights and scores of the batch.
         scored (bool): Whether the head counts in the score.
         default (HeadRule): How heads of this host are weighed that nobody registered.
+        default_loss (ViewFactory, optional): The same for loss modules. Defaults to sample by sample.
 
     Yields:
         LossView: Not attached yet.
@@ -70,8 +78,9 @@ def head_views(
     title = f"{name} ({type(head).__name__})"
     rule = head_rule(head) or default
     if rule.by_modules:
+        yield OrderView(head, rule.method, weigher, scored=False, title=title)
         for attribute, module in _loss_modules(head):
-            factory = loss_factory(module) or samplewise()
+            factory = loss_factory(module) or default_loss or samplewise()
             # The host trains on what has "loss" in its name and only displays the rest.
             counts = scored and "loss" in getattr(module, "loss_name", "loss")
             loss = f"{name}.{attribute} ({type(module).__name__} of {type(head).__name__})"

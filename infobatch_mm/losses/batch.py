@@ -28,6 +28,8 @@ class BatchedArguments:
         axes (Mapping, optional): Parameter name to the batch's axis of its tensors, where it is not the
             first. Lists are entered: their tensors have the batch first.
         rows (Mapping, optional): Parameter name to the numbers of consecutive rows of the B samples.
+        writable (bool): Whether the samples' tensors are copies, which a head may write into. Defaults to
+            True.
 
     Raises:
         ValueError: If a tensor that carries a gradient has no batch axis, or none carries one.
@@ -39,37 +41,38 @@ class BatchedArguments:
         batch_size: int,
         axes: Mapping[str, int] | None = None,
         rows: Mapping[str, list[int]] | None = None,
+        writable: bool = True,
     ) -> None:
         self.arguments = arguments
         self.batch_size = batch_size
         self._axes, self._rows = axes or {}, rows or {}
-        self._pieces: dict[str, Any] | None = None
+        self._writable = writable
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether rows of some tensor belong to the samples in numbers of their own."""
+        return bool(self._rows)
 
     def samples(self) -> list[dict[str, Any]]:
         """The arguments of each sample alone: B times a batch of one.
 
         Data samples are shallow copies: heads write into them.
         """
-        if self._pieces is None:
-            self._pieces = self._map(self._split, lambda values: _Pieces([like(values, [value]) for value in values]))
-        return [{name: _pick(value, i) for name, value in self._pieces.items()} for i in range(self.batch_size)]
+        pieces = self._map(self._split, lambda values: _Pieces([like(values, [value]) for value in values]))
+        return [{name: _pick(value, i) for name, value in pieces.items()} for i in range(self.batch_size)]
 
-    def copied(self) -> dict[str, Any]:
-        """The arguments with copies of the data samples, for a call beside the host's own."""
-        return self._map(lambda tensor, axis, rows: tensor, _shallow)
-
-    def scaled(self, scale: Callable[[Tensor, int, list[int] | None], Tensor]) -> dict[str, Any]:
-        """The arguments with ``scale(tensor, axis, rows)`` in place of each batched tensor with gradient."""
+    def mapped(self, function: Callable[[Tensor, int, list[int] | None], Tensor]) -> dict[str, Any]:
+        """The arguments with ``function(tensor, axis, rows)`` in place of each batched tensor with gradient."""
         return self._map(
-            lambda tensor, axis, rows: scale(tensor, axis, rows) if tensor.requires_grad else tensor,
+            lambda tensor, axis, rows: function(tensor, axis, rows) if tensor.requires_grad else tensor,
             lambda values: values,
         )
 
-    def rolled(self) -> dict[str, Any]:
-        """The arguments of the same batch in another order; not for arguments with ``rows``."""
+    def reordered(self, order: list[int]) -> dict[str, Any]:
+        """The arguments of a batch of these samples in this order; not for arguments with ``rows``."""
         return self._map(
-            lambda tensor, axis, rows: tensor.roll(1, axis),
-            lambda values: _shallow(like(values, [values[-1], *values[:-1]])),
+            lambda tensor, axis, rows: tensor.index_select(axis, torch.tensor(order, device=tensor.device)),
+            lambda values: _shallow(like(values, [values[i] for i in order])),
         )
 
     def predictions(self) -> list[tuple[Tensor, int]]:
@@ -91,7 +94,8 @@ class BatchedArguments:
 
     def _split(self, tensor: Tensor, axis: int, rows: list[int] | None) -> _Pieces:
         # split() and not slices: its backward is one concatenation instead of B tensors of zeros.
-        return _Pieces(list(tensor.split(1 if rows is None else rows, axis)))
+        pieces = tensor.split(1 if rows is None else rows, axis)
+        return _Pieces([piece.clone() for piece in pieces] if self._writable else pieces)
 
     def _map(self, on_tensor: Callable, on_list: Callable) -> dict[str, Any]:
         mapped = {}
@@ -123,7 +127,7 @@ class BatchedArguments:
             if _carries_gradient(value) or all(self._is_batched(each) for each in value):
                 return like(value, [enter(each) for each in value])
             return on_list(value) if len(value) == self.batch_size else value
-        if isinstance(value, dict) and any(isinstance(each, (Tensor, list, tuple)) for each in value.values()):
+        if isinstance(value, dict) and any(isinstance(each, (Tensor, list, tuple, dict)) for each in value.values()):
             return {key: enter(each) for key, each in value.items()}
         return value
 
@@ -140,7 +144,7 @@ def _pick(value: Any, i: int) -> Any:
         return _shallow(value[i])
     if isinstance(value, (list, tuple)):
         return like(value, [_pick(each, i) for each in value])
-    if isinstance(value, dict) and any(isinstance(each, (_Pieces, list, tuple)) for each in value.values()):
+    if isinstance(value, dict) and any(isinstance(each, (list, tuple, dict)) for each in value.values()):
         return {key: _pick(each, i) for key, each in value.items()}
     return value
 
@@ -164,10 +168,12 @@ def like(original: list | tuple, values: list) -> Any:
 def _carries_gradient(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
+    if isinstance(value, dict):
+        value = list(value.values())
     return isinstance(value, (list, tuple)) and any(_carries_gradient(each) for each in value)
 
 
 def stack_scalars(values: list[Tensor]) -> Tensor:
-    """The losses of the samples, each of one element, as one tensor of shape ``(B,)``, at least float32."""
-    stacked = torch.stack([value.reshape(()) for value in values])
+    """The losses of the samples, scalars, as one tensor of shape ``(B,)``, at least float32."""
+    stacked = torch.stack(values)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .weigher import ScaledGradient, ValueOfOne
+from .weigher import HOW_TO, ScaledGradient, ValueOfOne
 
 _WEIGHED = (ValueOfOne._backward_cls, ScaledGradient._backward_cls)  # type: ignore[attr-defined]
 
@@ -35,8 +35,7 @@ def check_coverage(model: nn.Module, losses: Mapping[tuple, Tensor]) -> None:
             name = next((name for name, each in model.named_parameters() if each is parameter), "its input")
             raise ValueError(
                 f"{type(model).__name__} has a loss that no view weighs: {'.'.join(map(str, path))} trains {name} "
-                "without the samples' weights; write a view for the head that computes it (see 'Heads and losses of "
-                "your own' in docs/losses.md), or train without InfoBatchHook"
+                f"without the samples' weights; {HOW_TO}"
             )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .attach import AttachedViews, head_views
 from .registry import HeadRule
-from .views import HOW_TO, ModelView
-from .weigher import LossWeigher
+from .views import ModelView
+from .weigher import HOW_TO, LossWeigher
 
 # Predictions of all decoder layers are stacked: the batch is their second axis.
 _LAYERS_FIRST = {
@@ -50,7 +50,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
     if isinstance(model, SingleStageInstanceSegmentor) and model.with_bbox:
         raise ValueError(
             f"{type(model).__name__} cannot be weighed: its mask head trains on what its bbox head remembers of the "
-            f"batch; {HOW_TO}, or train without InfoBatchHook"
+            f"batch; {HOW_TO}"
         )
     views = [
         view

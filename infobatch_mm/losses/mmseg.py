@@ -20,11 +20,11 @@ from mmseg.models.decode_heads.vpd_depth_head import VPDDepthHead
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from . import mmseg_losses  # noqa: F401  (registers the losses)
 from .attach import AttachedViews, head_views
-from .registry import HeadRule, register_head_view
-from .views import HOW_TO, ModelView
-from .weigher import LossWeigher, valid_per_sample
+from .mmseg_losses import has_valid_pixel
+from .registry import HeadRule, register_head_view, samplewise
+from .views import ModelView
+from .weigher import HOW_TO, LossWeigher, valid_per_sample
 
 # Their losses all come from loss modules that are called with (B, ...) predictions and labels.
 for _head in (
@@ -38,7 +38,7 @@ for _head in (
     IterativeDecodeHead,
     VPDDepthHead,
 ):
-    register_head_view(_head, by_modules=True)
+    register_head_view(_head, replace=False, by_modules=True)
 
 
 def _has_labels(head: nn.Module, arguments: dict) -> Tensor:
@@ -50,7 +50,7 @@ def _has_labels(head: nn.Module, arguments: dict) -> Tensor:
 # The first axis of a tensor of MaskFormer's predictions is the decoder's layers.
 _QUERIES = dict(all_cls_scores=1, all_mask_preds=1)
 for _head in (MaskFormerHead, Mask2FormerHead, SideAdapterCLIPHead):
-    register_head_view(_head, trusted=True, axes=_QUERIES, valid=_has_labels)
+    register_head_view(_head, replace=False, trusted=True, axes=_QUERIES, valid=_has_labels)
 
 
 def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
@@ -68,11 +68,11 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
     Raises:
         ValueError: With the name of what cannot be weighed and what to do.
     """
-    rule = HeadRule(valid=_has_valid_pixel)
+    rule, loss_rule = HeadRule(valid=_has_labelled_pixel), samplewise(valid=has_valid_pixel)
     views = [
         view
         for name, head, main in _heads(model)
-        for view in head_views(name, head, weigher, main or score_auxiliary, default=rule)
+        for view in head_views(name, head, weigher, main or score_auxiliary, rule, loss_rule)
     ]
     if not views:
         raise ValueError(f"{type(model).__name__} has no decode_head: its losses cannot be weighed; {HOW_TO}")
@@ -94,7 +94,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             yield attribute, heads, attribute == "decode_head"
 
 
-def _has_valid_pixel(head: nn.Module, arguments: dict) -> Tensor | None:
+def _has_labelled_pixel(head: nn.Module, arguments: dict) -> Tensor | None:
     """Which images have a labelled pixel, for heads that are evaluated with their data samples."""
     ignore_index = getattr(head, "ignore_index", 255)
     for value in arguments.values():

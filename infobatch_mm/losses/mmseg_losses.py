@@ -24,22 +24,34 @@ from mmseg.models.losses.cross_entropy_loss import binary_cross_entropy, cross_e
 from mmseg.models.losses.kldiv_loss import KLDivLoss
 from torch import Tensor, nn
 
-from .registry import register_loss_factory, register_loss_view, samplewise
-from .views import LossView, SampleLosses, VectorisedView
+from .registry import register_loss_factory, samplewise
+from .views import LossView, RowwiseView, SampleLosses, VectorisedView
 from .weigher import LossWeigher, samplewise_sum, valid_per_sample
 
 _EPS = torch.finfo(torch.float32).eps  # what the host adds to its normalisers
 
 
+def has_valid_pixel(module: nn.Module, arguments: dict) -> Tensor | None:
+    """Which samples have a label that this loss does not ignore; the labels are its second argument."""
+    label = [*arguments.values(), None][1]
+    if not isinstance(label, Tensor) or label.is_floating_point():
+        return None
+    # Those that have one of their own ignore the head's.
+    ignore_index = getattr(module, "ignore_label", getattr(module, "ignore_index", None))
+    if ignore_index is None:
+        ignore_index = arguments.get("kwargs", arguments).get("ignore_index", 255)
+    return valid_per_sample(label != ignore_index) > 0
+
+
 # ---- cross entropy ----------------------------------------------------------------------------------
 
 
-@register_loss_factory(CrossEntropyLoss)
+@register_loss_factory(CrossEntropyLoss, replace=False)
 def _cross_entropy_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
     _check_reduction(module, title)
     criterion = module.cls_criterion
     if criterion not in (cross_entropy, binary_cross_entropy) and not isinstance(criterion, LossView):
-        return samplewise()(module, weigher, scored, title)
+        return samplewise(valid=has_valid_pixel)(module, weigher, scored, title)
     # One below forward, where the host's value can be had by the host's own operations.
     return VectorisedView(
         module, weigher, scored, title, _cross_entropy, attribute="cls_criterion", scale=float(module.loss_weight)
@@ -132,9 +144,10 @@ def _by_elements(
     **kwargs: Any,
 ) -> SampleLosses:
     elementwise = module(pred, target, *args, reduction_override="none", **kwargs)
-    valid = torch.ones_like(target, dtype=torch.bool)
     if target.shape != pred.shape:
         valid = target != kwargs.get("ignore_index", 255)
+    else:  # depths, of which those up to eps are ignored; or one-hot labels
+        valid = target > module.eps if isinstance(module, SiLogLoss) else torch.ones_like(target, dtype=torch.bool)
     pixels = valid_per_sample(valid)
     one_each = elementwise.dim() == 1
     counts = (pixels > 0).long() if one_each else pixels * (elementwise.numel() // valid.numel())
@@ -152,42 +165,31 @@ def _elements_view(module: nn.Module, weigher: LossWeigher, scored: bool, title:
 
 
 for _loss in (DiceLoss, FocalLoss, SiLogLoss):
-    register_loss_factory(_loss)(_elements_view)
+    register_loss_factory(_loss, replace=False)(_elements_view)
 
 
-@register_loss_factory(LovaszLoss)
+@register_loss_factory(LovaszLoss, replace=False)
 def _lovasz_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
     if module.per_image:
         return _elements_view(module, weigher, scored, title)
     # Sorts the pixels of the whole batch: each one's gradient depends on all others.
-    return samplewise(trusted=True, valid=_has_valid_pixel)(module, weigher, scored, title)
+    return samplewise(trusted=True, valid=has_valid_pixel)(module, weigher, scored, title)
 
 
-@register_loss_view(KLDivLoss)
-def _kl_divergence(module: nn.Module, pred: Tensor, target: Tensor) -> SampleLosses:
-    losses = module(pred, target)  # one for each sample, or elements: the host takes their mean
-    counts = torch.full((len(losses),), losses[0].numel(), device=losses.device)
-    return SampleLosses(samplewise_sum(losses), losses.numel(), counts)
+@register_loss_factory(KLDivLoss, replace=False)
+def _kl_divergence_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
+    return RowwiseView(module, "forward", weigher, scored, title)
 
 
 # ---- losses that are evaluated sample by sample -----------------------------------------------------
 
 
-def _has_valid_pixel(module: nn.Module, arguments: dict) -> Tensor:
-    """Which samples have a label that this loss does not ignore; the labels are its second argument."""
-    label = list(arguments.values())[1]
-    ignore_index = arguments.get("kwargs", arguments).get("ignore_index")
-    if ignore_index is None:
-        ignore_index = getattr(module, "ignore_label", getattr(module, "ignore_index", 255))
-    return valid_per_sample(label != ignore_index) > 0
-
-
 # OHEM keeps the hardest pixels of the batch: they, and their number, are held like a normaliser.
 for _loss in (TverskyLoss, HuasdorffDisstanceLoss, OhemCrossEntropy):
-    register_loss_factory(_loss)(samplewise(separable=True, trusted=True, valid=_has_valid_pixel))
+    register_loss_factory(_loss, replace=False)(samplewise(separable=True, trusted=True, valid=has_valid_pixel))
 
 # Weighs its two classes by their numbers of pixels in the batch.
-register_loss_factory(BoundaryLoss)(samplewise(trusted=True, valid=_has_valid_pixel))
+register_loss_factory(BoundaryLoss, replace=False)(samplewise(trusted=True, valid=has_valid_pixel))
 
 
 def _check_reduction(module: nn.Module, title: str) -> None:

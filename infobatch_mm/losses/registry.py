@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .views import LossView, SampleLosses, SamplewiseView, VectorisedView
+from .samplewise import SamplewiseView
+from .views import LossView, SampleLosses, VectorisedView
 from .weigher import LossWeigher
 
 #: Makes the view of a loss module: ``factory(module, weigher, scored, title)``.
@@ -41,7 +42,12 @@ _LOSSES: dict[type, ViewFactory] = {}
 _HEADS: dict[type, HeadRule] = {}
 
 
-def register_loss_view(loss: type[nn.Module], *, separable: bool | None = None) -> Callable:
+def register_loss_view(
+    loss: type[nn.Module],
+    *,
+    separable: bool | None = None,
+    valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
+) -> Callable:
     """Say how a loss module's loss is taken apart by sample.
 
     As a decorator of a function it makes a vectorised view, the fast one. The function is called as
@@ -57,6 +63,7 @@ def register_loss_view(loss: type[nn.Module], *, separable: bool | None = None) 
     Args:
         loss (type): Class of the loss module.
         separable (bool, optional): See above.
+        valid (Callable, optional): With ``separable``: see :class:`SamplewiseView`.
 
     Example:
         >>> @register_loss_view(MyLoss)
@@ -74,21 +81,27 @@ def register_loss_view(loss: type[nn.Module], *, separable: bool | None = None) 
         return function
 
     if separable is not None:
-        _LOSSES[loss] = samplewise(separable=separable, trusted=True)
+        _LOSSES[loss] = samplewise(separable=separable, trusted=True, valid=valid)
     return decorate
 
 
-def register_loss_factory(loss: type[nn.Module]) -> Callable[[ViewFactory], ViewFactory]:
-    """Choose the view of a loss module by its settings: decorates a :data:`ViewFactory`."""
+def register_loss_factory(loss: type[nn.Module], *, replace: bool = True) -> Callable[[ViewFactory], ViewFactory]:
+    """Choose the view of a loss module by its settings: decorates a :data:`ViewFactory`.
+
+    Args:
+        loss (type): Class of the loss module.
+        replace (bool): Whether it takes the place of an earlier registration. Defaults to True.
+    """
 
     def decorate(factory: ViewFactory) -> ViewFactory:
-        _LOSSES[loss] = factory
+        if replace or loss not in _LOSSES:
+            _LOSSES[loss] = factory
         return factory
 
     return decorate
 
 
-def register_head_view(head: type[nn.Module], **rule: Any) -> None:
+def register_head_view(head: type[nn.Module], *, replace: bool = True, **rule: Any) -> None:
     """Say how the losses of a head are weighed.
 
     A registration holds for subclasses that do not define the method of their own. Heads nobody
@@ -97,13 +110,15 @@ def register_head_view(head: type[nn.Module], **rule: Any) -> None:
 
     Args:
         head (type): Class of the head.
+        replace (bool): Whether it takes the place of an earlier registration. Defaults to True.
         **rule: The fields of :class:`HeadRule`.
 
     Example:
         >>> register_head_view(MyHead, by_modules=True)        # calls its loss modules with (B, ...) tensors
         >>> register_head_view(MyQueryHead, axes=dict(all_scores=1))   # (layers, B, queries, classes)
     """
-    _HEADS[head] = HeadRule(**rule)
+    if replace or head not in _HEADS:
+        _HEADS[head] = HeadRule(**rule)
 
 
 def samplewise(**options: Any) -> ViewFactory:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: Where users find out what to do about a loss that cannot be weighed.
+HOW_TO = "write a view for it (see 'Heads and losses of your own' in docs/losses.md), or train without InfoBatchHook"
 
 
 class LossWeigher:
@@ -20,6 +24,8 @@ class LossWeigher:
         self._pruned = True
         self._scores: Tensor | None = None
         self._valid: Tensor | None = None
+        #: The data samples of the batch in the order of its weights, where the model was given some.
+        self.data_samples: Sequence[Any] | None = None
 
     @property
     def active(self) -> bool:
@@ -50,6 +56,7 @@ class LossWeigher:
     def restart(self) -> None:
         """Forget the scores so far: the batch goes through the model once more."""
         self._scores = self._valid = None
+        self.data_samples = None
 
     def end(self) -> tuple[Tensor | None, Tensor | None]:
         """Close the batch.
@@ -70,7 +77,7 @@ class LossWeigher:
             self._weights = self._weights.to(device, non_blocking=True)
         return self._weights
 
-    def weigh(self, per_sample: Tensor, host_loss: Tensor, normaliser: Tensor | float) -> Tensor:
+    def weigh(self, per_sample: Tensor, host_loss: Tensor, normaliser: Tensor | float, title: str = "a loss") -> Tensor:
         """The loss to hand back to the host: its value is the host's, its gradient is weighted.
 
         The optimised objective is sum(weight_i * c_i) with the contributions c_i = per_sample_i /
@@ -81,6 +88,7 @@ class LossWeigher:
             per_sample (Tensor): Sum of the loss over each sample, shape ``(B,)``, with gradient.
             host_loss (Tensor): The host's own reduced loss, of one element; only its value is used.
             normaliser (Tensor | float): What the host divides by, untouched by weights.
+            title (str): The loss's name, for messages.
 
         Returns:
             Tensor: Of ``host_loss``'s shape and dtype.
@@ -90,11 +98,16 @@ class LossWeigher:
         """
         if per_sample.shape != (self.batch_size,):
             raise ValueError(
-                f"a loss was computed over {per_sample.numel()} samples, but the batch has {self.batch_size}: "
-                "a loss that drops, splits or multiplies samples cannot be weighed"
+                f"{title} was computed over {per_sample.numel()} samples, but the batch has {self.batch_size}: "
+                f"a loss that drops, splits or multiplies samples cannot be weighed; {HOW_TO}"
             )
         weighted = (per_sample * self.weights_on(per_sample.device)).sum() / normaliser
         return ValueOfOne.apply(host_loss.detach(), weighted.to(host_loss.dtype).view(host_loss.shape))
+
+    @staticmethod
+    def mark(loss: Tensor) -> Tensor:
+        """The same loss with the same gradient, marked as weighed: for losses whose weights are all 1."""
+        return ValueOfOne.apply(loss.detach(), loss)
 
     def scale_gradient(self, predictions: Tensor, axis: int = 0, rows: list[int] | None = None) -> Tensor:
         """The same predictions; the gradient that comes back through them is multiplied by the weights.

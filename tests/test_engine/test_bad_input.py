@@ -86,8 +86,8 @@ def large_batch(cfg: Config) -> None:
     cfg.train_dataloader.batch_size = 23
 
 
-def dice(cfg: Config) -> None:
-    cfg.model.decode_head.loss_decode = dict(type="DiceLoss")
+def elementwise(cfg: Config) -> None:
+    cfg.model.decode_head.loss_decode = dict(type="CrossEntropyLoss", reduction="none")
 
 
 def contradiction(cfg: Config) -> None:
@@ -109,7 +109,7 @@ def none_with_our_sampler(cfg: Config) -> None:
         (odd_sampler, "OddSampler"),
         (odd_loop, "OddLoop"),
         (large_batch, "23 samples.*22"),
-        (dice, r"decode_head \(FCNHead\) has the loss DiceLoss"),
+        (elementwise, r"decode_head\.loss_decode \(CrossEntropyLoss of FCNHead\) has reduction='none'"),
         (contradiction, r"InfoBatchHook has prune_ratio=0\.5.*InfoBatchSampler has prune_ratio=0\.3"),
         (none_with_our_sampler, "policy='none'"),
     ],

@@ -33,7 +33,9 @@ def tiny_model(head=None, channels=(4,), strides=(4,), dtype=torch.float32, **op
     """An encoder-decoder on a pyramid; by default with a head of one convolution and no normalisation."""
     if head is None:
         head = fcn(0, channels[0], num_convs=0, channels=channels[0])
-    return build(encoder_decoder(head, backbone=dict(type="Pyramid", channels=channels, strides=strides), **options), dtype)
+    return build(
+        encoder_decoder(head, backbone=dict(type="Pyramid", channels=channels, strides=strides), **options), dtype
+    )
 
 
 def with_head(head, dtype=torch.float32, **attributes):
@@ -89,7 +91,9 @@ def shares_of_sum(loss, pred, target, **options):
 
 def shares_of_avg_factor(loss, pred, target, avg_factor, **options):
     """Contributions to a sum over elements that is divided by a factor."""
-    return [each * pred[0].numel() / (avg_factor + EPS) for each in losses_alone(loss, len(pred), pred, target, **options)]
+    return [
+        each * pred[0].numel() / (avg_factor + EPS) for each in losses_alone(loss, len(pred), pred, target, **options)
+    ]
 
 
 def shares_of_ohem(module, pred, target):

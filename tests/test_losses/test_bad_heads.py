@@ -1,12 +1,13 @@
 """Heads and losses that cannot be weighed are refused in the first step at the latest, by name and with advice."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("mmseg")
 from mmseg.models.decode_heads import FCNHead
-from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.segmentors import EncoderDecoder
 from oracle import assert_same_tensors, gradients, make_inputs, make_labels, make_samples, make_weights, total
 from oracle_losses import with_head
@@ -220,8 +221,8 @@ REFUSED = {
     "hardest_half": (dict(head=HardestHalf), of_head("HardestHalf"), "no part in the loss of the batch"),
     "first_sample_only": (dict(head=FirstSampleOnly), of_head("FirstSampleOnly"), "another order"),
     "worst_pixel": (dict(head=WorstPixelOfTheBatch), of_head("WorstPixelOfTheBatch"), "no part in the loss"),
-    "half_before_the_loss": (dict(head=HalfBeforeTheLoss), of_loss("CrossEntropyLoss", "HalfBeforeTheLoss"), "2.*4"),
-    "own_half_before_the_loss": (dict(head=OwnHalfBeforeTheLoss), of_head("OwnHalfBeforeTheLoss"), r"\(2, 5.*4"),
+    "half_before_the_loss": (dict(head=HalfBeforeTheLoss), of_head("HalfBeforeTheLoss"), "2 of the 4"),
+    "own_half_before_the_loss": (dict(head=OwnHalfBeforeTheLoss), of_head("OwnHalfBeforeTheLoss"), "2 of the 4"),
     "permuted": (dict(head=PermutedLogits), of_head("PermutedLogits"), "another order"),
     "permuted_before_the_loss": (dict(head=PermutedBeforeTheLoss), "PermutedBeforeTheLoss", "order"),
     "own_permuted_before_the_loss": (dict(head=OwnPermutedBeforeTheLoss), "OwnPermutedBeforeTheLoss", "order"),
@@ -234,8 +235,16 @@ REFUSED = {
     "pixel_map_loss": (dict(loss=PixelMapLoss), of_loss("PixelMapLoss"), r"scalar.*\(4, 8, 8\)"),
     "needs_pairs": (dict(head=NeedsPairs), of_head("NeedsPairs"), "IndexError: a pair needs two samples"),
     "pairs_only": (dict(head=PairsOnly), of_head("PairsOnly"), "loss_pairs for the batch, but not for each"),
-    "regularised": (dict(segmentor=RegularisedSegmentor), "RegularisedSegmentor", r"loss_weights trains backbone\.maps\.0"),
-    "distilling": (dict(segmentor=DistillingSegmentor), "DistillingSegmentor", r"decode\.loss_ce trains backbone\.maps\.0"),
+    "regularised": (
+        dict(segmentor=RegularisedSegmentor),
+        "RegularisedSegmentor",
+        r"loss_weights trains backbone\.maps\.0",
+    ),
+    "distilling": (
+        dict(segmentor=DistillingSegmentor),
+        "DistillingSegmentor",
+        r"decode\.loss_ce trains backbone\.maps\.0",
+    ),
 }
 
 
@@ -276,10 +285,8 @@ def test_a_refused_model_can_be_given_back(name, pruned):
     weigher = LossWeigher()
     views = attach_views(model, weigher)
     weigher.begin(make_weights(), pruned=pruned)
-    try:
+    with contextlib.suppress(ValueError):
         model.loss(make_inputs(size=(32, 32)), make_samples(make_labels(size=SIZE)))
-    except ValueError:
-        pass
     views.restore()
     views.restore()
     left = [set(vars(module)) - set(old) for module, old in zip(model.modules(), before, strict=True)]
@@ -372,8 +379,15 @@ class OneElement(OwnHead):
         return dict(loss_own=cross_entropy(seg_logits, batch_data_samples)[None])
 
 
+class Variadic(OwnHead):
+    """Names none of its arguments."""
+
+    def loss_by_feat(self, *outputs, **options):
+        return super().loss_by_feat(*outputs, **options)
+
+
 @passes
-@pytest.mark.parametrize("head", [OwnHead, RandomPixels, WithoutLabels, ShownToo, ListOfLosses, OneElement])
+@pytest.mark.parametrize("head", [Variadic, OwnHead, RandomPixels, WithoutLabels, ShownToo, ListOfLosses, OneElement])
 def test_not_refused(head, pruned):
     weigher, views = first_step(model_of(head), pruned)
     assert views.not_separable == [f"decode_head ({head.__name__})"]

@@ -148,7 +148,7 @@ def test_arguments_are_left_alone():
     arguments = dict(levels=levels, names=names)
     before = [level.clone() for level in levels]
     batch = BatchedArguments(arguments, 3)
-    batch.samples(), batch.rolled(), batch.scaled(lambda tensor, axis, rows: tensor * 2)
+    batch.samples(), batch.reordered([2, 0, 1]), batch.mapped(lambda tensor, axis, rows: tensor * 2)
     assert arguments["levels"] is levels and arguments["names"] is names and names == ["a", "b", "c"]
     assert all(torch.equal(level, old) for level, old in zip(levels, before, strict=True))
 
@@ -159,10 +159,10 @@ def test_gradients_of_the_samples_arrive_where_their_slices_are():
     assert logits.grad[:, 0].tolist() == [0.0, 1.0, 2.0]
 
 
-# ---------------------------------------------------------------- scaled and rolled
+# ---------------------------------------------------------------- mapped and reordered
 
 
-def test_only_predictions_are_scaled():
+def test_only_predictions_are_mapped():
     seen = []
 
     def scale(tensor, axis, rows):
@@ -173,22 +173,22 @@ def test_only_predictions_are_scaled():
         logits=grad(3, 5), queries=grad(2, 3), points=grad(4, 1), levels=[grad(3, 1)], labels=torch.arange(3), n=3
     )
     batch = BatchedArguments(arguments, 3, axes=dict(queries=1), rows=dict(points=[1, 1, 2]))
-    scaled = batch.scaled(scale)
+    scaled = batch.mapped(scale)
     assert seen == [((3, 5), 0, None), ((2, 3), 1, None), ((4, 1), 0, [1, 1, 2]), ((3, 1), 0, None)]
     assert torch.equal(scaled["levels"][0], 2 * arguments["levels"][0])
     assert scaled["labels"] is arguments["labels"] and scaled["n"] == 3
 
 
-def test_rolled_is_the_same_batch_in_another_order():
+def test_reordered_is_the_same_batch_in_another_order():
     arguments = dict(
         logits=grad(3, 5), levels=[grad(3, 1), grad(3, 2)], queries=grad(2, 3), names=["a", "b", "c"], flag=True
     )
-    rolled = BatchedArguments(arguments, 3, axes=dict(queries=1)).rolled()
+    other = BatchedArguments(arguments, 3, axes=dict(queries=1)).reordered([2, 0, 1])
     order = [2, 0, 1]
-    assert torch.equal(rolled["logits"], arguments["logits"][order])
-    assert torch.equal(rolled["levels"][1], arguments["levels"][1][order])
-    assert torch.equal(rolled["queries"], arguments["queries"][:, order])
-    assert rolled["names"] == ["c", "a", "b"] and rolled["flag"] is True
+    assert torch.equal(other["logits"], arguments["logits"][order])
+    assert torch.equal(other["levels"][1], arguments["levels"][1][order])
+    assert torch.equal(other["queries"], arguments["queries"][:, order])
+    assert other["names"] == ["c", "a", "b"] and other["flag"] is True
 
 
 # ---------------------------------------------------------------- refusals

@@ -143,7 +143,7 @@ CASES = {
     ),
     "tversky": Case(tversky(), vectorised=False),
     "tversky_class_weight": Case(tversky(class_weight=CLASS_WEIGHT, alpha=0.4, beta=0.6), vectorised=False),
-    "tversky_ignored_class": Case(tversky(ignore_index=0, loss_weight=0.4), vectorised=False, call={}),
+    "tversky_ignored_class": Case(tversky(ignore_index=0, loss_weight=0.4), vectorised=False),
     "lovasz_per_image": Case(lovasz(per_image=True), **PER_IMAGE),
     "lovasz_per_image_sum": Case(lovasz(per_image=True, reduction="sum"), shares_of_sum, **PER_IMAGE),
     "lovasz_per_image_all_classes": Case(lovasz(per_image=True, classes="all", class_weight=CLASS_WEIGHT), **PER_IMAGE),
@@ -162,7 +162,7 @@ CASES = {
         dict(type="BoundaryLoss", loss_weight=20.0), None, target=edges, channels=1, vectorised=False, **NO_OPTIONS
     ),
     "hausdorff": Case(dict(type="HuasdorffDisstanceLoss"), **HAUSDORFF),
-    "hausdorff_options": Case(dict(type="HuasdorffDisstanceLoss", loss_weight=0.4, ignore_index=0), call={}, **HAUSDORFF),
+    "hausdorff_options": Case(dict(type="HuasdorffDisstanceLoss", loss_weight=0.4, ignore_index=0), **HAUSDORFF),
     "ohem_keeps_all": Case(ohem(), **OHEM),
     "ohem_threshold": Case(ohem(thres=0.3, min_kept=5), **OHEM),
     "ohem_min_kept": Case(ohem(thres=0.01, min_kept=30), **OHEM),

@@ -42,8 +42,6 @@ from torch import distributed
 
 from infobatch_mm.losses import LossWeigher, attach_views
 
-ADVICE = r"use CrossEntropyLoss|train this model without InfoBatchHook"
-
 
 def cascade(*stages, **options):
     return encoder_decoder(list(stages), type="CascadeEncoderDecoder", num_stages=len(stages), **options)
@@ -538,11 +536,16 @@ def test_a_model_wrapped_for_many_processes_is_weighed(one_process_group, order)
         assert torch.equal(ours, theirs)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- subclasses
 
 
 class OwnCrossEntropy(CrossEntropyLoss):
     pass
+
+
+class OwnForwardCrossEntropy(CrossEntropyLoss):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
 
 
 class OwnFeatHead(FCNHead):
@@ -580,28 +583,68 @@ class OwnFeaturesSegmentor(EncoderDecoder):
         return super().extract_feat(inputs)
 
 
-def head_of(name, **options):
-    head = {**without_convs(fcn(in_index=3, in_channels=32)), "type": name}
-    head.update(options)
-    return {key: value for key, value in head.items() if value is not None}
+def own_criterion(model):
+    model.decode_head.loss_decode.cls_criterion = lambda *args, **kwargs: cross_entropy(*args, **kwargs)
 
 
-HEADS_REFUSED = {
-    "EncHead": head_of("EncHead", in_channels=[16, 32], in_index=[2, 3], num_codes=4),
-    "DAHead": head_of("DAHead", pam_channels=4),
-    "STDCHead": head_of("STDCHead", num_convs=1, num_classes=2, boundary_threshold=0.1),
-    "DDRHead": head_of("DDRHead", in_index=None),
-    "PIDHead": head_of("PIDHead", in_index=None),
+def turned(attribute, cls):
+    """Makes a part of a model one of this class."""
+
+    def turn(model):
+        part = model.get_submodule(attribute) if attribute else model
+        part.__class__ = cls
+
+    return turn
+
+
+LOSS, HEAD = "decode_head.loss_decode", "decode_head"
+# Which model, what is of the user's own in it, and what is evaluated sample by sample because of that.
+OWN = {
+    "loss": ("fcn", turned(LOSS, OwnCrossEntropy), None),
+    "loss_forward": ("fcn", turned(LOSS, OwnForwardCrossEntropy), f"{LOSS} (OwnForwardCrossEntropy of FCNHead)"),
+    "criterion": ("fcn", own_criterion, f"{LOSS} (CrossEntropyLoss of FCNHead)"),
+    "head_loss": ("fcn", turned(HEAD, OwnLossHead), None),
+    "head_loss_by_feat": ("fcn", turned(HEAD, OwnFeatHead), f"{HEAD} (OwnFeatHead)"),
+    "auxiliary_loss_by_feat": (
+        "fcn_one_auxiliary",
+        turned("auxiliary_head", OwnFeatHead),
+        "auxiliary_head (OwnFeatHead)",
+    ),
+    "segmentor_loss": ("fcn_one_auxiliary", turned("", OwnLossSegmentor), None),
+    "segmentor_decode": ("fcn_one_auxiliary", turned("", OwnDecodeSegmentor), None),
+    "segmentor_auxiliary": ("fcn_one_auxiliary", turned("", OwnAuxiliarySegmentor), None),
+    "segmentor_cascade": ("cascade_fcn_ocr", turned("", OwnCascadeSegmentor), None),
+    "segmentor_features": ("fcn", turned("", OwnFeaturesSegmentor), None),
 }
-LOSSES_REFUSED = {
-    "DiceLoss": (dict(type="DiceLoss"), "DiceLoss"),
-    "FocalLoss": (dict(type="FocalLoss"), "FocalLoss"),
-    "LovaszLoss": (dict(type="LovaszLoss", reduction="none"), "LovaszLoss"),
-    "OhemCrossEntropy": (dict(type="OhemCrossEntropy"), "OhemCrossEntropy"),
-    "use_mask": (ce(use_mask=True), r"CrossEntropyLoss.*use_mask=True"),
-    "reduction_none": (ce(reduction="none"), r"CrossEntropyLoss.*reduction='none'.*use reduction='mean'"),
-    "second_of_two": ([ce(), dict(type="DiceLoss")], "DiceLoss"),
-}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_subclasses_are_weighed_as_what_they_are(name):
+    config, make_own, sample_by_sample = OWN[name]
+    host, model = twins(config)
+    make_own(host)
+    make_own(model)
+    weigher = LossWeigher()
+    views = attach_views(model, weigher)
+    assert views.not_separable == ([sample_by_sample] if sample_by_sample else [])
+    assert views.vectorised == (sample_by_sample is None)
+    weigher.begin(torch.ones(4), pruned=False)
+    assert_same_step(step(model, make_inputs(), make_labels()), step(host, make_inputs(), make_labels()))
+    assert weigher.end()[0] is not None
+    weigher.begin(torch.zeros(4))
+    model.zero_grad()
+    _, ours = step(model, make_inputs(), make_labels())
+    assert all(not gradient.any() for gradient in ours.values() if gradient is not None)
+
+
+def test_mask_cross_entropy_is_evaluated_sample_by_sample():
+    model = build(encoder_decoder(fcn(loss=ce(use_mask=True))))
+    assert criteria(model) == [mask_cross_entropy]
+    title = "decode_head.loss_decode (CrossEntropyLoss of FCNHead)"
+    assert attach_views(model, LossWeigher()).not_separable == [title]
+
+
+# ---------------------------------------------------------------- refusals
 
 
 def assert_refused(model, *patterns):
@@ -620,91 +663,52 @@ def assert_refused(model, *patterns):
     assert not weigher.active
 
 
-@pytest.mark.parametrize("name", HEADS_REFUSED)
-def test_heads_with_losses_of_their_own_are_refused(name):
-    assert_refused(build(encoder_decoder(HEADS_REFUSED[name])), rf"decode_head \({name}\)", ADVICE)
+NONE = dict(reduction="none")
+WITHOUT_REDUCTION = {
+    "CrossEntropyLoss": ce(**NONE),
+    "CrossEntropyLoss_sigmoid": ce(use_sigmoid=True, **NONE),
+    "DiceLoss": dict(type="DiceLoss", **NONE),
+    "FocalLoss": dict(type="FocalLoss", **NONE),
+    "LovaszLoss": dict(type="LovaszLoss", per_image=True, **NONE),
+    "SiLogLoss": dict(type="SiLogLoss", **NONE),
+}
+REDUCE = r"reduction='none'.*use reduction='mean'"
 
 
-@pytest.mark.parametrize("name", HEADS_REFUSED)
-def test_auxiliary_heads_with_losses_of_their_own_are_refused(name):
-    model = build(encoder_decoder(fcn(), [fcn(2, 16), HEADS_REFUSED[name]]))
-    assert_refused(model, rf"auxiliary_head\.1 \({name}\)", ADVICE)
-
-
-@pytest.mark.parametrize("name", LOSSES_REFUSED)
-def test_losses_that_do_not_separate_over_samples_are_refused(name):
-    loss, pattern = LOSSES_REFUSED[name]
-    advice = r"use " if name == "reduction_none" else ADVICE
-    assert_refused(build(encoder_decoder(fcn(loss=loss))), r"decode_head \(FCNHead\)", pattern, advice)
-
-
-@pytest.mark.parametrize("name", LOSSES_REFUSED)
-def test_one_refused_auxiliary_loss_leaves_all_heads_untouched(name):
-    loss, pattern = LOSSES_REFUSED[name]
-    model = build(encoder_decoder(fcn(), fcn(2, 16, loss=loss)))
-    assert_refused(model, r"auxiliary_head \(FCNHead\)", pattern)
-    assert criteria(model)[0] is cross_entropy
-
-
-def test_a_refused_stage_of_a_cascade_is_named():
-    model = build(cascade(fcn(), ocr(loss=dict(type="DiceLoss"))))
-    assert_refused(model, r"decode_head\.1 \(OCRHead\)", "DiceLoss", ADVICE)
-
-
-def test_subclasses_of_cross_entropy_are_refused():
-    model = build(encoder_decoder())
-    model.decode_head.loss_decode = OwnCrossEntropy()
-    assert_refused(model, r"decode_head \(FCNHead\)", "OwnCrossEntropy", ADVICE)
-
-
-def test_a_criterion_of_the_users_own_is_refused():
-    model = build(encoder_decoder())
-    model.decode_head.loss_decode.cls_criterion = lambda *args, **kwargs: cross_entropy(*args, **kwargs)
-    assert_refused(model, r"decode_head \(FCNHead\)", "CrossEntropyLoss")
-
-
-def test_mask_cross_entropy_is_what_use_mask_chooses():
-    assert criteria(build(encoder_decoder(fcn(loss=ce(use_mask=True))))) == [mask_cross_entropy]
-
-
-@pytest.mark.parametrize("head", [OwnFeatHead, OwnLossHead])
-def test_head_subclasses_with_losses_of_their_own_are_refused(head):
-    model = build(encoder_decoder())
-    model.decode_head.__class__ = head
-    assert_refused(model, rf"decode_head \({head.__name__}\)", ADVICE)
+@pytest.mark.parametrize("name", WITHOUT_REDUCTION)
+def test_losses_that_give_no_scalar_are_refused(name):
+    model = build(encoder_decoder(fcn(loss=WITHOUT_REDUCTION[name])))
+    assert_refused(model, rf"decode_head\.loss_decode \({name.split('_')[0]} of FCNHead\)", REDUCE)
 
 
 @pytest.mark.parametrize(
-    ("segmentor", "config", "method"),
+    ("config", "title"),
     [
-        (OwnLossSegmentor, "fcn", r"loss\(\)"),
-        (OwnDecodeSegmentor, "fcn", r"_decode_head_forward_train\(\)"),
-        (OwnAuxiliarySegmentor, "fcn_one_auxiliary", r"_auxiliary_head_forward_train\(\)"),
-        (OwnCascadeSegmentor, "cascade_fcn_ocr", r"_decode_head_forward_train\(\)"),
+        (encoder_decoder(fcn(), fcn(2, 16, loss=ce(**NONE))), r"auxiliary_head\.loss_decode \("),
+        (encoder_decoder(fcn(), [fcn(2, 16), fcn(3, 32, loss=ce(**NONE))]), r"auxiliary_head\.1\.loss_decode \("),
+        (encoder_decoder(fcn(loss=[ce(), ce(**NONE)])), r"decode_head\.loss_decode\.1 \(CrossEntropyLoss of FCNHead"),
+        (cascade(fcn(), ocr(loss=ce(**NONE))), r"decode_head\.1\.loss_decode \(CrossEntropyLoss of OCRHead"),
     ],
-    ids=["loss", "decode", "auxiliary", "cascade"],
+    ids=["auxiliary", "one_of_two_auxiliary", "second_of_two", "cascade"],
 )
-def test_segmentors_with_losses_of_their_own_are_refused(segmentor, config, method):
-    config = copy.deepcopy(MODELS_UNDER_TEST[config])
-    config.pop("type")
-    model = segmentor(**config)
-    assert_refused(model, segmentor.__name__, method, ADVICE)
+def test_one_refused_loss_is_named_and_leaves_all_heads_untouched(config, title):
+    model = build(config)
+    assert_refused(model, title, REDUCE)
+    assert criteria(model)[0] is cross_entropy
 
 
-def test_segmentors_that_change_no_loss_are_weighed():
-    config = copy.deepcopy(MODELS_UNDER_TEST["fcn"])
-    config.pop("type")
-    model = OwnFeaturesSegmentor(**config).train()
-    host = copy.deepcopy(model)
-    weigher, _ = attached(model)
-    weigher.begin(torch.ones(4))
-    assert_same_step(step(model, make_inputs(), make_labels()), step(host, make_inputs(), make_labels()))
-    assert weigher.end()[0] is not None
+@pytest.mark.parametrize(
+    "config",
+    [fcn(), dict(type="ResNetV1c", depth=18, base_channels=4, norm_cfg=BN)],
+    ids=lambda config: config["type"],
+)
+def test_mmseg_models_without_a_decode_head_are_refused(config):
+    assert_refused(MODELS.build(copy.deepcopy(config)), config["type"], r"(no|without a) decode_head")
 
 
-def test_mmseg_models_that_are_no_encoder_decoder_are_refused():
-    assert_refused(build(fcn()), "FCNHead", ADVICE)
-    assert_refused(MODELS.build(dict(type="ResNetV1c", depth=18, base_channels=4, norm_cfg=BN)), "ResNetV1c", ADVICE)
+def test_a_main_head_without_a_loss_to_score_by_is_refused():
+    model = build(encoder_decoder(fcn(loss=ce(loss_name="ce_shown")), fcn(2, 16)))
+    assert_refused(model, "decode_head of EncoderDecoder has no loss to score by", "loss_name")
 
 
 @pytest.mark.parametrize("model", [nn.Conv2d(3, 5, 1), nn.Sequential(nn.Conv2d(3, 5, 1))], ids=["conv", "sequential"])
@@ -716,11 +720,27 @@ def test_a_wrapped_model_is_refused(one_process_group):
     assert_refused(MMDistributedDataParallel(build(encoder_decoder())), "MMDistributedDataParallel")
 
 
-def test_attaching_twice_is_refused_and_leaves_the_first_in_place():
-    host, model = twins("fcn_one_auxiliary")
+@pytest.mark.parametrize(
+    ("name", "make_own", "title"),
+    [
+        ("fcn_one_auxiliary", None, r"decode_head \(FCNHead\)"),
+        ("fcn", turned(HEAD, OwnFeatHead), r"decode_head \(OwnFeatHead\)"),
+        (
+            "fcn",
+            turned(LOSS, OwnForwardCrossEntropy),
+            r"decode_head \(FCNHead\)",
+        ),
+    ],
+    ids=["vectorised", "own_head", "own_loss"],
+)
+def test_attaching_twice_is_refused_and_leaves_the_first_in_place(name, make_own, title):
+    host, model = twins(name)
+    if make_own is not None:
+        make_own(host)
+        make_own(model)
     first, restore = attached(model)
-    assert_refused(model, r"decode_head \(FCNHead\)", "weighed by another hook", "keep one InfoBatchHook per model")
-    first.begin(torch.ones(4))
+    assert_refused(model, title, "weighed by another hook", "keep one InfoBatchHook per model")
+    first.begin(torch.ones(4), pruned=False)
     assert_same_step(step(model, make_inputs(), make_labels()), step(host, make_inputs(), make_labels()))
     assert first.end()[0] is not None
     restore()

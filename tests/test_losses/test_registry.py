@@ -288,7 +288,9 @@ def test_a_separable_head():
 
 def test_what_is_known_of_a_head_holds_for_subclasses_that_compute_no_loss_of_their_own():
     register_head_view(OwnHead, by_modules=True)
-    attached = [attach_views(with_loss(CrossEntropyLoss(), head), LossWeigher()) for head in (SameOwnHead, OtherOwnHead)]
+    attached = [
+        attach_views(with_loss(CrossEntropyLoss(), head), LossWeigher()) for head in (SameOwnHead, OtherOwnHead)
+    ]
     assert [views.vectorised for views in attached] == [True, False]
     assert attached[1].not_separable == ["decode_head (OtherOwnHead)"]
 
@@ -301,11 +303,15 @@ def test_a_head_with_the_batch_along_another_axis(separable):
         samples = make_samples(labels)
         return [total(head.loss_by_feat(layers[:, i : i + 1], samples[i : i + 1])) for i in range(4)]
 
-    scored_by(*assert_weighed(lambda: with_head(LayersFirstHead, torch.float64), predictions=alone, separable=separable))
+    scored_by(
+        *assert_weighed(lambda: with_head(LayersFirstHead, torch.float64), predictions=alone, separable=separable)
+    )
 
 
 def test_a_head_with_the_batch_along_another_axis_is_refused_without_a_word():
-    with pytest.raises(ValueError, match=r"(?s)decode_head \(LayersFirstHead\).*layers.*\(2, 4, 5, 8, 8\).*docs/losses\.md"):
+    with pytest.raises(
+        ValueError, match=r"(?s)decode_head \(LayersFirstHead\).*layers.*\(2, 4, 5, 8, 8\).*docs/losses\.md"
+    ):
         step(with_head(LayersFirstHead, torch.float64), torch.ones(4))
 
 

@@ -62,7 +62,7 @@ def test_models_build_and_can_be_weighed(path: Path) -> None:
     cfg = load(path)
     cfg.model.pop("pretrained", None)
     cfg.model.backbone.pop("init_cfg", None)
-    attach_views(MODELS.build(cfg.model), LossWeigher())()
+    attach_views(MODELS.build(cfg.model), LossWeigher()).restore()
 
 
 def test_camvid_root_comes_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
