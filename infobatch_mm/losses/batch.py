@@ -19,7 +19,7 @@ class BatchedArguments:
     """Arguments of one call, by parameter name, with the batch's axis of each part.
 
     Batched are: tensors of size B along their first axis (or the axis given), lists of such tensors
-    (levels of a pyramid), lists of B other things (data samples, images' sizes), dicts of these, and tensors
+    (levels of a pyramid), lists of B other things (data samples, images' sizes), plain dicts of these, and tensors
     whose rows belong to the samples as ``rows`` says. All else is shared by the samples.
 
     Args:
@@ -127,7 +127,7 @@ class BatchedArguments:
             if _carries_gradient(value) or all(self._is_batched(each) for each in value):
                 return like(value, [enter(each) for each in value])
             return on_list(value) if len(value) == self.batch_size else value
-        if isinstance(value, dict) and any(isinstance(each, (Tensor, list, tuple, dict)) for each in value.values()):
+        if type(value) is dict:  # and not a ConfigDict: settings are shared
             return {key: enter(each) for key, each in value.items()}
         return value
 
@@ -144,7 +144,7 @@ def _pick(value: Any, i: int) -> Any:
         return _shallow(value[i])
     if isinstance(value, (list, tuple)):
         return like(value, [_pick(each, i) for each in value])
-    if isinstance(value, dict) and any(isinstance(each, (list, tuple, dict)) for each in value.values()):
+    if type(value) is dict:
         return {key: _pick(each, i) for key, each in value.items()}
     return value
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
@@ -31,6 +32,14 @@ def _rois_of_samples(head: nn.Module, arguments: dict) -> dict[str, list[int]]:
     return {
         name: counts for name, value in arguments.items() if isinstance(value, Tensor) and len(value) == sum(counts)
     }
+
+
+def _has_boxes(head: nn.Module, arguments: dict) -> Tensor | None:
+    """Which images have something to find: a loss over no positives has no size to be compared by."""
+    if "sampling_results" in arguments:
+        return torch.tensor([len(result.pos_priors) > 0 for result in arguments["sampling_results"]])
+    instances = arguments.get("batch_gt_instances")
+    return None if instances is None else torch.tensor([len(each) > 0 for each in instances])
 
 
 def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
@@ -68,8 +77,8 @@ def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         name = prefix + name
         ours = type(child).__module__.startswith(("mmdet.", "mmseg."))
         if callable(getattr(child, "loss_and_target", None)):
-            yield name, child, HeadRule(method="loss_and_target", trusted=True, rows=_rois_of_samples)
+            yield name, child, HeadRule(method="loss_and_target", trusted=True, rows=_rois_of_samples, valid=_has_boxes)
         elif callable(getattr(child, "loss_by_feat", None)):
-            yield name, child, HeadRule(axes=_LAYERS_FIRST, trusted=ours)
+            yield name, child, HeadRule(axes=_LAYERS_FIRST, trusted=ours, valid=_has_boxes)
         else:
             yield from _heads(child, f"{name}.")

@@ -16,6 +16,9 @@ from .results import loss_at, losses_in, replace_losses, written
 from .views import LossView, asks_for_elements
 from .weigher import HOW_TO, LossWeigher
 
+# A blank sample's own loss is taken as sound up to this multiple of the batch's.
+_SOUND = 1000.0
+
 
 class SamplewiseView(LossView):
     """Evaluates the host's own loss on each sample alone: for losses that nobody wrote a view of.
@@ -158,7 +161,7 @@ class SamplewiseView(LossView):
                         f"{tuple(each.shape)}; use reduction='mean', or {HOW_TO}"
                     )
             if loss.numel():  # an empty one says that nothing was there to train on
-                per_sample[path] = _without_blanks([value.sum() for value in values], valid)
+                per_sample[path] = _without_blanks([value.sum() for value in values], loss, valid)
         return per_sample
 
     def _score(self, per_sample: dict[tuple, Tensor], valid: Tensor | None) -> None:
@@ -171,17 +174,18 @@ class SamplewiseView(LossView):
         self.weigher.score(total, valid.to(total.device))
 
 
-def _without_blanks(values: list[Tensor], valid: Tensor | None) -> Tensor:
-    """One tensor of the samples' losses, shape ``(B,)``, with 0 for those that a blank sample makes 0/0.
+def _without_blanks(values: list[Tensor], host_loss: Tensor, valid: Tensor | None) -> Tensor:
+    """One tensor of the samples' losses, shape ``(B,)``, with 0 where a blank sample is divided by nothing.
 
-    The host's loss of the whole batch is finite there, and a NaN would spoil the gradient of all.
+    Alone, a sample without a valid pixel or a box may give 0/0, or a loss over an epsilon, where the host's
+    loss of the whole batch is sound: it would spoil the gradient of all.
     """
     losses = stack_scalars(values)
     if valid is None or not losses.requires_grad:
         return losses
-    usable = losses.isfinite() | valid.to(losses.device)
+    sound = losses.detach().abs() <= _SOUND * host_loss.detach().abs().sum()
+    usable = sound | valid.to(losses.device)
     if bool(usable.all()):
         return losses
-    return stack_scalars(
-        [value if keep else torch.zeros_like(value) for value, keep in zip(values, usable.tolist(), strict=True)]
-    )
+    kept = zip(values, usable.tolist(), strict=True)
+    return stack_scalars([value if keep else torch.zeros_like(value) for value, keep in kept])
