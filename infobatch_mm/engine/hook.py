@@ -110,7 +110,7 @@ class InfoBatchHook(Hook):
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
 
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._undo.append(self._attach(runner, model))
+        self._undo.append(self._attach(runner, model, policy))
         if isinstance(policy, NoPruning):
             loader = self._watch(loop)
         else:
@@ -135,9 +135,9 @@ class InfoBatchHook(Hook):
         settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
         runner.logger.info(f"InfoBatch: {settings}, {self._pruner.schedule.num_samples} samples")
 
-    def _attach(self, runner: Any, model: Any) -> Callable[[], None]:
+    def _attach(self, runner: Any, model: Any, policy: PruningPolicy) -> Callable[[], None]:
         views = attach_views(model, self._weigher, self._score_auxiliary)
-        if views.not_separable:
+        if views.not_separable and not isinstance(policy, NoPruning):
             runner.logger.info(
                 "InfoBatch: these losses do not separate over samples; in pruned passes the mean of the samples' own "
                 f"losses is optimised in their place, which is not unbiased: {', '.join(views.not_separable)}"

@@ -7,8 +7,8 @@ import importlib
 from torch import nn
 
 from .attach import AttachedViews
-from .registry import HeadRule, register_head_view, register_loss_factory, register_loss_view, samplewise
-from .views import LossView, SampleLosses
+from .registry import HeadRule, register_head_rule, register_head_view, register_loss_view, register_separable_loss
+from .views import SampleLosses
 from .weigher import LossWeigher
 
 #: Host package of a model class -> module with its ``attach_views(model, weigher, score_auxiliary)``.
@@ -42,12 +42,11 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
 __all__ = [
     "AttachedViews",
     "HeadRule",
-    "LossView",
     "LossWeigher",
     "SampleLosses",
     "attach_views",
+    "register_head_rule",
     "register_head_view",
-    "register_loss_factory",
     "register_loss_view",
-    "samplewise",
+    "register_separable_loss",
 ]

@@ -8,7 +8,7 @@ from torch import nn
 
 from .registry import HeadRule, ViewFactory, head_rule, loss_factory, samplewise
 from .samplewise import SamplewiseView
-from .views import LossView, OrderView
+from .views import LossView, OrderView, VectorisedView
 from .weigher import HOW_TO, LossWeigher
 
 
@@ -88,6 +88,9 @@ def head_views(
         return
     if not callable(getattr(head, rule.method, None)):
         raise ValueError(f"{title} has no {rule.method}(): its losses cannot be weighed; {HOW_TO}")
+    if rule.function is not None:
+        yield VectorisedView(head, weigher, scored, title, rule.function, rule.method)
+        return
     yield SamplewiseView(
         head,
         weigher,

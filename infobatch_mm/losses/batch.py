@@ -25,8 +25,9 @@ class BatchedArguments:
     Args:
         arguments (Mapping): Parameter name to value.
         batch_size (int): Number B of samples.
-        axes (Mapping, optional): Parameter name to the batch's axis of its tensors, where it is not the
-            first. Lists are entered: their tensors have the batch first.
+        axes (Mapping, optional): Parameter name to the batch's axis of its tensor, where it is not the
+            first; None for a parameter that all samples share. Lists are entered: their tensors have the
+            batch first.
         rows (Mapping, optional): Parameter name to the numbers of consecutive rows of the B samples.
         writable (bool): Whether the samples' tensors are copies, which a head may write into. Defaults to
             True.
@@ -39,7 +40,7 @@ class BatchedArguments:
         self,
         arguments: Mapping[str, Any],
         batch_size: int,
-        axes: Mapping[str, int] | None = None,
+        axes: Mapping[str, int | None] | None = None,
         rows: Mapping[str, list[int]] | None = None,
         writable: bool = True,
     ) -> None:
@@ -87,6 +88,17 @@ class BatchedArguments:
         self._map(collect, lambda values: values)
         return found
 
+    @property
+    def device_type(self) -> str:
+        """Where the predictions are: 'cpu', 'cuda', ..."""
+        predictions = self.predictions() if not self._rows else []
+        return predictions[0][0].device.type if predictions else "cpu"
+
+    def in_float32(self) -> BatchedArguments:
+        """The same arguments with predictions in single precision; not for arguments with ``rows``."""
+        arguments = self.mapped(lambda tensor, axis, rows: tensor.float())
+        return BatchedArguments(arguments, self.batch_size, self._axes, None, self._writable)
+
     def check(self) -> None:
         """Raise a ValueError if a prediction cannot be told apart by sample, or if there is none."""
         if not self.predictions():
@@ -105,8 +117,10 @@ class BatchedArguments:
                 if len(rows) != self.batch_size or sum(rows) != len(value):
                     raise ValueError(f"{name} has {len(value)} rows, which are not those of its samples: {rows}")
                 mapped[name] = on_tensor(value, 0, rows)
+            elif name in self._axes and self._axes[name] is None:
+                mapped[name] = value
             else:
-                axis = self._axes.get(name, 0) if isinstance(value, Tensor) else 0
+                axis = (self._axes.get(name) or 0) if isinstance(value, Tensor) else 0
                 mapped[name] = self._map_value(name, value, axis, on_tensor, on_list)
         return mapped
 
@@ -126,7 +140,8 @@ class BatchedArguments:
         if isinstance(value, (list, tuple)) and value:
             if _carries_gradient(value) or all(self._is_batched(each) for each in value):
                 return like(value, [enter(each) for each in value])
-            return on_list(value) if len(value) == self.batch_size else value
+            settings = any(isinstance(each, (int, float, str)) for each in value)
+            return on_list(value) if len(value) == self.batch_size and not settings else value
         if type(value) is dict:  # and not a ConfigDict: settings are shared
             return {key: enter(each) for key, each in value.items()}
         return value

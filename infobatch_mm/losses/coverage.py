@@ -17,26 +17,41 @@ from .weigher import HOW_TO, ScaledGradient, ValueOfOne
 _WEIGHED = (ValueOfOne._backward_cls, ScaledGradient._backward_cls)  # type: ignore[attr-defined]
 
 
-def check_coverage(model: nn.Module, losses: Mapping[tuple, Tensor]) -> None:
-    """Refuse a model with a loss that is not weighed.
+class Coverage:
+    """Refuses a model with a loss that is not weighed, when the loss is first seen in a form of pass.
 
     Args:
         model (nn.Module): The model, for the names of its parameters.
-        losses (Mapping): Path in the host's dict of losses to the loss, with its graph.
-
-    Raises:
-        ValueError: With the name of the loss and of a parameter that it would train unweighed.
     """
-    if torch.compiler.is_compiling():
-        return
-    for path, loss in losses.items():
-        parameter = _unweighed_parameter(loss)
-        if parameter is not None:
-            name = next((name for name, each in model.named_parameters() if each is parameter), "its input")
-            raise ValueError(
-                f"{type(model).__name__} has a loss that no view weighs: {'.'.join(map(str, path))} trains {name} "
-                f"without the samples' weights; {HOW_TO}"
-            )
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen: set[tuple] = set()
+
+    def check(self, losses: Mapping[tuple, Tensor], pruned: bool, parsed: bool = False) -> None:
+        """Check each loss once.
+
+        Args:
+            losses (Mapping): Path in the host's dict of losses to the loss, with its graph.
+            pruned (bool): Whether the batch is part of a pruned pass.
+            parsed (bool): Whether these are what is optimised, and not what the heads gave.
+
+        Raises:
+            ValueError: With the name of the loss and of a parameter that it would train unweighed.
+        """
+        if torch.compiler.is_compiling():  # there is no graph to look at
+            return
+        for path, loss in losses.items():
+            if not loss.requires_grad or (path, pruned, parsed) in self._seen:
+                continue
+            parameter = _unweighed_parameter(loss)
+            if parameter is not None:
+                names = (name for name, each in self._model.named_parameters() if each is parameter)
+                raise ValueError(
+                    f"{type(self._model).__name__} has a loss that no view weighs: {'.'.join(map(str, path))} trains "
+                    f"{next(names, 'its input')} without the samples' weights; {HOW_TO}"
+                )
+            self._seen.add((path, pruned, parsed))
 
 
 def _unweighed_parameter(loss: Tensor) -> Tensor | None:

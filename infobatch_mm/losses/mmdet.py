@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attach import AttachedViews, head_views
 from .registry import HeadRule
-from .views import ModelView
+from .views import model_views
 from .weigher import HOW_TO, LossWeigher
 
 # Predictions of all decoder layers are stacked: the batch is their second axis.
@@ -68,7 +68,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
     ]
     if not views:
         raise ValueError(f"{type(model).__name__} has no head with loss_by_feat() or loss_and_target(); {HOW_TO}")
-    return AttachedViews([*views, ModelView(model, weigher)])
+    return AttachedViews([*views, *model_views(model, weigher)])
 
 
 def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, HeadRule]]:
@@ -77,7 +77,7 @@ def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         name = prefix + name
         ours = type(child).__module__.startswith(("mmdet.", "mmseg."))
         if callable(getattr(child, "loss_and_target", None)):
-            yield name, child, HeadRule(method="loss_and_target", trusted=True, rows=_rois_of_samples, valid=_has_boxes)
+            yield name, child, HeadRule(method="loss_and_target", trusted=ours, rows=_rois_of_samples, valid=_has_boxes)
         elif callable(getattr(child, "loss_by_feat", None)):
             yield name, child, HeadRule(axes=_LAYERS_FIRST, trusted=ours, valid=_has_boxes)
         else:

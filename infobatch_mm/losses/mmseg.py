@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from mmseg.models.decode_heads.da_head import DAHead
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 
 from .attach import AttachedViews, head_views
 from .mmseg_losses import has_valid_pixel
-from .registry import HeadRule, register_head_view, samplewise
-from .views import ModelView
-from .weigher import HOW_TO, LossWeigher, valid_per_sample
+from .registry import HeadRule, register_head_rule, samplewise
+from .views import model_views
+from .weigher import HOW_TO, LossWeigher
 
 # Their losses all come from loss modules that are called with (B, ...) predictions and labels.
 for _head in (
@@ -38,7 +39,7 @@ for _head in (
     IterativeDecodeHead,
     VPDDepthHead,
 ):
-    register_head_view(_head, replace=False, by_modules=True)
+    register_head_rule(_head, HeadRule(by_modules=True), replace=False)
 
 
 def _has_labels(head: nn.Module, arguments: dict) -> Tensor:
@@ -50,7 +51,7 @@ def _has_labels(head: nn.Module, arguments: dict) -> Tensor:
 # The first axis of a tensor of MaskFormer's predictions is the decoder's layers.
 _QUERIES = dict(all_cls_scores=1, all_mask_preds=1)
 for _head in (MaskFormerHead, Mask2FormerHead, SideAdapterCLIPHead):
-    register_head_view(_head, replace=False, trusted=True, axes=_QUERIES, valid=_has_labels)
+    register_head_rule(_head, HeadRule(trusted=True, axes=_QUERIES, valid=_has_labels), replace=False)
 
 
 def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
@@ -80,7 +81,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         raise ValueError(
             f"the decode_head of {type(model).__name__} has no loss to score by: its loss_name needs 'loss'"
         )
-    return AttachedViews([*views, ModelView(model, weigher)])
+    return AttachedViews([*views, *model_views(model, weigher, _labelled)])
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -94,15 +95,20 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
             yield attribute, heads, attribute == "decode_head"
 
 
+def _labelled(model: nn.Module, data_samples: Sequence[Any]) -> Tensor | None:
+    """Which images have a pixel that the main head does not ignore; None for data without segmentations."""
+    head = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+    return _has_labelled_pixel(head, dict(data_samples=data_samples))
+
+
 def _has_labelled_pixel(head: nn.Module, arguments: dict) -> Tensor | None:
-    """Which images have a labelled pixel, for heads that are evaluated with their data samples."""
+    """The same for a head that is evaluated with its data samples."""
     ignore_index = getattr(head, "ignore_index", 255)
     for value in arguments.values():
-        if isinstance(value, (list, tuple)) and value and all(_has_gt(each) for each in value):
-            labels = torch.stack([each.gt_sem_seg.data for each in value])
-            return valid_per_sample(labels != ignore_index) > 0
+        if isinstance(value, (list, tuple)) and value and all(_has_segmentation(each) for each in value):
+            return torch.stack([(each.gt_sem_seg.data != ignore_index).any() for each in value])
     return None
 
 
-def _has_gt(sample: object) -> bool:
+def _has_segmentation(sample: object) -> bool:
     return isinstance(sample, SegDataSample) and "gt_sem_seg" in sample

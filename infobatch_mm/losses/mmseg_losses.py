@@ -54,7 +54,7 @@ def _cross_entropy_view(module: nn.Module, weigher: LossWeigher, scored: bool, t
         return samplewise(valid=has_valid_pixel)(module, weigher, scored, title)
     # One below forward, where the host's value can be had by the host's own operations.
     return VectorisedView(
-        module, weigher, scored, title, _cross_entropy, attribute="cls_criterion", scale=float(module.loss_weight)
+        module, weigher, scored, title, _cross_entropy, "cls_criterion", factor="loss_weight", trusted=True
     )
 
 
@@ -161,7 +161,7 @@ def _by_elements(
 
 def _elements_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
     _check_reduction(module, title)
-    return VectorisedView(module, weigher, scored, title, _by_elements)
+    return VectorisedView(module, weigher, scored, title, _by_elements, trusted=True)
 
 
 for _loss in (DiceLoss, FocalLoss, SiLogLoss):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import rng
 from .batch import BatchedArguments
 from .results import losses_in
 from .weigher import HOW_TO
@@ -37,12 +36,18 @@ def check_order(title: str, data_samples: Sequence[Any] | None, arguments: Itera
             )
 
 
-def prove_samples_alike(call: Callable[[Mapping[str, Any]], Any], batch: BatchedArguments, title: str) -> bool:
+def prove_samples_alike(
+    call: Callable[[Mapping[str, Any]], Any], batch: BatchedArguments, reset: Callable[[], None], title: str
+) -> bool:
     """Refuse a loss that tells samples apart by their place in the batch, or leaves some of them out.
+
+    The number of evaluations depends on the size of the batch alone: on several processes a loss may wait
+    for the others' in each.
 
     Args:
         call (Callable): Evaluates the host's loss on arguments.
         batch (BatchedArguments): The arguments of one call.
+        reset (Callable): Puts random generators back to where the call found them.
         title (str): The loss's name.
 
     Returns:
@@ -55,48 +60,61 @@ def prove_samples_alike(call: Callable[[Mapping[str, Any]], Any], batch: Batched
         return False
     if batch.has_rows:
         return True  # cannot be put into another order
-    _check_order_is_free(call, batch, title)
-    _check_all_samples_count(call, batch, title)
+    device_type = batch.device_type
+    if torch.is_autocast_enabled(device_type):  # half precision proves nothing
+        batch = batch.in_float32()
+    with torch.autocast(device_type, enabled=False):
+        _check_order_is_free(call, batch, reset, title)
+        _check_all_samples_count(call, batch, reset, title)
     return True
 
 
-def _check_order_is_free(call: Callable, batch: BatchedArguments, title: str) -> None:
-    same = list(range(batch.batch_size))
-    # Two samples in the other order are a flip, which a head that flips does not notice: take one twice.
-    orders = (same, [*same[1:], 0]) if batch.batch_size > 2 else ([0, 1, 1], [1, 0, 1])
-    state = rng.capture()
+def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callable, title: str) -> None:
+    size = batch.batch_size
+    same = list(range(size))
+    # A head that permutes its samples goes unnoticed in an order that commutes with what it does: flips,
+    # rotations and swaps do not commute with a rotation of all but the last. Few samples need more.
+    pairs = [(same, [*same[1:-1], 0, same[-1]])]
+    if size == 3:
+        pairs.append((same, [0, 2, 1]))
+    elif size == 2:
+        pairs = [([0, 1, 1], [1, 0, 1]), ([0, 0, 1, 1], [0, 1, 0, 1])]
+    values = []
     with torch.no_grad():
-        total, again = (_total(call(batch.reordered(same))) for _ in range(2))
-        if total is None or again is None or not _equal(total, again, 0):
-            return  # it draws random numbers: another order of samples is another draw
-        rng.restore(state)
-        try:
-            total, other = (_total(call(batch.reordered(order))) for order in orders)
-        except (RuntimeError, IndexError, ValueError, AssertionError):
-            if batch.batch_size > 2:
-                raise
-            return  # it knows its batch has two
-    if total is None or other is None or not _equal(total, other, 100 * torch.finfo(total.dtype).eps):
-        first, second = ("none" if each is None else f"{float(each):.6g}" for each in (total, other))
-        raise ValueError(
-            f"{title} cannot be weighed: its loss is {first}, but {second} for the same samples in another order; it "
-            f"drops, reorders or mixes samples: expected a loss that treats the samples of a batch alike; {HOW_TO}"
-        )
+        once = _total(call(batch.reordered(same)))
+        again = _total(call(batch.reordered(same)))  # with other random numbers
+        for orders in pairs:
+            for order in orders:
+                reset()
+                values.append(_total(call(batch.reordered(order))))
+    reset()
+    if once is None or again is None:
+        return
+    tolerance = 100 * torch.finfo(once.dtype).eps
+    if not _equal(once, again, tolerance):
+        return  # it draws random numbers: another order of samples is another draw
+    for one, other in zip(values[::2], values[1::2], strict=True):
+        if one is None or other is None or not _equal(one, other, tolerance):
+            first, second = ("none" if each is None else f"{float(each):.6g}" for each in (one, other))
+            raise ValueError(
+                f"{title} cannot be weighed: its loss is {first}, but {second} for the same samples in another "
+                "order; it drops, reorders or mixes samples: expected a loss that treats the samples of a batch "
+                f"alike; {HOW_TO}"
+            )
 
 
-def _check_all_samples_count(call: Callable, batch: BatchedArguments, title: str) -> None:
-    predictions = batch.predictions()
+def _check_all_samples_count(call: Callable, batch: BatchedArguments, reset: Callable, title: str) -> None:
+    predictions, size = batch.predictions(), batch.batch_size
     with torch.enable_grad():
-        together = _gradient_norms(call(batch.reordered(list(range(batch.batch_size)))), predictions, batch.batch_size)
-        for i, arguments in enumerate(batch.samples()):
-            if float(together[i]) > 0:
-                continue
-            alone = _gradient_norms(call(arguments), predictions, batch.batch_size)
-            if float(alone[i]) > 0:
-                raise ValueError(
-                    f"{title} cannot be weighed: sample {i} of {batch.batch_size} has a loss of its own, but no part "
-                    f"in the loss of the batch: expected every sample to count; {HOW_TO}"
-                )
+        together = _gradient_norms(call(batch.reordered(list(range(size)))), predictions, size)
+        alone = [_gradient_norms(call(each), predictions, size)[i] for i, each in enumerate(batch.samples())]
+    reset()
+    for i, norm in enumerate(alone):
+        if float(norm) > 0 and float(together[i]) == 0:
+            raise ValueError(
+                f"{title} cannot be weighed: sample {i} of {batch.batch_size} has a loss of its own, but no part in "
+                f"the loss of the batch: expected every sample to count; {HOW_TO}"
+            )
 
 
 def _gradient_norms(result: Any, predictions: list[tuple[Tensor, int]], batch_size: int) -> Tensor:

@@ -14,6 +14,8 @@ from .weigher import LossWeigher
 
 #: Makes the view of a loss module: ``factory(module, weigher, scored, title)``.
 ViewFactory = Callable[[nn.Module, LossWeigher, bool, str], LossView]
+LossFunction = Callable[..., SampleLosses]
+HeadFunction = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -27,62 +29,65 @@ class HeadRule:
         separable (bool): Else whether these losses are sums over samples once their normalisers are held.
         trusted (bool): Else whether the head needs no proof that it treats the samples of a batch alike.
         axes, rows, valid: See :class:`SamplewiseView`.
+        function (Callable, optional): Else the head's vectorised view: see :func:`register_head_view`.
     """
 
     by_modules: bool = False
     method: str = "loss_by_feat"
     separable: bool = False
     trusted: bool = False
-    axes: Mapping[str, int] | None = None
+    axes: Mapping[str, int | None] | None = None
     rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None
     valid: Callable[[nn.Module, dict], Tensor | None] | None = None
+    function: HeadFunction | None = None
 
 
 _LOSSES: dict[type, ViewFactory] = {}
 _HEADS: dict[type, HeadRule] = {}
 
 
-def register_loss_view(
-    loss: type[nn.Module],
-    *,
-    separable: bool | None = None,
-    valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
-) -> Callable:
-    """Say how a loss module's loss is taken apart by sample.
+def register_loss_view(loss: type[nn.Module]) -> Callable[[LossFunction], LossFunction]:
+    """Decorate a function that takes a loss apart by sample in one evaluation: the fast path.
 
-    As a decorator of a function it makes a vectorised view, the fast one. The function is called as
-    ``function(module, *args, **kwargs)`` with the arguments of the host's call and returns
-    :class:`SampleLosses`; inside it, calling ``module`` gives the host's own result.
-
-    Called with ``separable`` alone it says how the sample-by-sample view treats the loss: ``True`` promises
-    that the loss is a sum over samples once its normaliser is held. Losses nobody registered are taken as
-    not separable.
-
-    A registration holds for subclasses that do not define a ``forward`` of their own.
+    The function is called as ``function(module, *args, **kwargs)`` with the arguments of the host's call and
+    returns :class:`SampleLosses`; inside it, calling ``module`` gives the host's own result. In the first
+    step it is compared with the host. It holds for subclasses that do not define a ``forward`` of their own.
 
     Args:
         loss (type): Class of the loss module.
-        separable (bool, optional): See above.
-        valid (Callable, optional): With ``separable``: see :class:`SamplewiseView`.
 
     Example:
         >>> @register_loss_view(MyLoss)
-        ... def my_loss(loss, pred, target, ignore_index=255, **kwargs):
-        ...     pixels = loss.per_pixel(pred, target)                   # (B, H, W)
+        ... def my_loss(loss, pred, target, weight=None, ignore_index=255, **kwargs):
+        ...     pixels = loss.per_pixel(pred, target, weight)           # (B, H, W)
         ...     counts = (target != ignore_index).flatten(1).sum(1)     # (B,)
         ...     return SampleLosses(pixels.flatten(1).sum(1), normaliser=target.numel(), counts=counts)
     """
 
-    def decorate(function: Callable[..., SampleLosses]) -> Callable[..., SampleLosses]:
+    def decorate(function: LossFunction) -> LossFunction:
         def factory(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
             return VectorisedView(module, weigher, scored, title, function)
 
         _LOSSES[loss] = factory
         return function
 
-    if separable is not None:
-        _LOSSES[loss] = samplewise(separable=separable, trusted=True, valid=valid)
     return decorate
+
+
+def register_separable_loss(
+    loss: type[nn.Module], valid: Callable[[nn.Module, dict], Tensor | None] | None = None
+) -> None:
+    """Promise that a loss is a sum over samples once its normaliser is held.
+
+    It is still evaluated sample by sample for the scores; losses nobody registered are taken as not
+    separable. Holds for subclasses that do not define a ``forward`` of their own.
+
+    Args:
+        loss (type): Class of the loss module.
+        valid (Callable, optional): ``valid(module, arguments)`` tells which samples are scored, see
+            :class:`SamplewiseView`. Defaults to all.
+    """
+    _LOSSES[loss] = samplewise(separable=True, valid=valid)
 
 
 def register_loss_factory(loss: type[nn.Module], *, replace: bool = True) -> Callable[[ViewFactory], ViewFactory]:
@@ -101,24 +106,43 @@ def register_loss_factory(loss: type[nn.Module], *, replace: bool = True) -> Cal
     return decorate
 
 
-def register_head_view(head: type[nn.Module], *, replace: bool = True, **rule: Any) -> None:
-    """Say how the losses of a head are weighed.
+def register_head_view(head: type[nn.Module], method: str = "loss_by_feat") -> Callable[[HeadFunction], HeadFunction]:
+    """Decorate a function that takes a head's losses apart by sample in one evaluation: the fast path.
 
-    A registration holds for subclasses that do not define the method of their own. Heads nobody
-    registered are evaluated sample by sample at ``loss_by_feat``, which works wherever their predictions have the
-    batch first.
+    The function is called as ``function(head, *args, **kwargs)`` with the arguments of the head's method and
+    returns the head's dict, with :class:`SampleLosses` for losses. In the first step it is compared with the
+    host. It holds for subclasses that do not define the method themselves.
 
     Args:
         head (type): Class of the head.
+        method (str): The method that computes the losses. Defaults to ``'loss_by_feat'``.
+    """
+
+    def decorate(function: HeadFunction) -> HeadFunction:
+        _HEADS[head] = HeadRule(method=method, function=function)
+        return function
+
+    return decorate
+
+
+def register_head_rule(head: type[nn.Module], rule: HeadRule, *, replace: bool = True) -> None:
+    """Say how the losses of a head are weighed without a view of its own.
+
+    A rule holds for subclasses that do not define the method themselves. Heads nobody registered are
+    evaluated sample by sample at ``loss_by_feat``, which works wherever their predictions have the batch
+    first.
+
+    Args:
+        head (type): Class of the head.
+        rule (HeadRule): How.
         replace (bool): Whether it takes the place of an earlier registration. Defaults to True.
-        **rule: The fields of :class:`HeadRule`.
 
     Example:
-        >>> register_head_view(MyHead, by_modules=True)        # calls its loss modules with (B, ...) tensors
-        >>> register_head_view(MyQueryHead, axes=dict(all_scores=1))   # (layers, B, queries, classes)
+        >>> register_head_rule(MyHead, HeadRule(by_modules=True))     # calls its loss modules with (B, ...) tensors
+        >>> register_head_rule(MyQueryHead, HeadRule(axes=dict(all_scores=1)))  # (layers, B, queries, classes)
     """
     if replace or head not in _HEADS:
-        _HEADS[head] = HeadRule(**rule)
+        _HEADS[head] = rule
 
 
 def samplewise(**options: Any) -> ViewFactory:
@@ -132,18 +156,23 @@ def samplewise(**options: Any) -> ViewFactory:
 
 def loss_factory(module: nn.Module) -> ViewFactory | None:
     """What was registered for a loss module, or None."""
-    return _find(_LOSSES, type(module), "forward")
+    return _find(_LOSSES, type(module), ("forward",))
 
 
 def head_rule(head: nn.Module) -> HeadRule | None:
     """What was registered for a head, or None."""
-    return _find(_HEADS, type(head), "loss_by_feat")
+    rule = _find(_HEADS, type(head), ("loss_by_feat", "loss_and_target"))
+    if rule is None:
+        return None
+    registered = next(base for base in type(head).__mro__ if base in _HEADS)
+    below = type(head).__mro__[: type(head).__mro__.index(registered)]
+    return None if any(rule.method in vars(base) for base in below) else rule
 
 
-def _find(registry: Mapping[type, Any], cls: type, method: str) -> Any:
+def _find(registry: Mapping[type, Any], cls: type, methods: tuple[str, ...]) -> Any:
     for base in cls.__mro__:
         if base in registry:
             return registry[base]
-        if method in vars(base):
+        if any(method in vars(base) for method in methods):
             return None  # a method of its own: what is known of its parents does not hold
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from ..core import rng
 from .batch import BatchedArguments, stack_scalars
+from .memory import Memory
 from .proof import check_order, prove_samples_alike
 from .results import loss_at, losses_in, replace_losses, written
 from .views import LossView, asks_for_elements
 from .weigher import HOW_TO, LossWeigher
 
-# A blank sample's own loss is taken as sound up to this multiple of the batch's.
+# A blank sample's own loss is taken as sound up to this multiple of the batch's: Sparse R-CNN's of an image
+# without boxes is 10^5 times it, those of heads that clamp their number of positives are below it.
 _SOUND = 1000.0
 
 
@@ -50,13 +53,17 @@ class SamplewiseView(LossView):
         *,
         separable: bool = False,
         trusted: bool = False,
-        axes: Mapping[str, int] | None = None,
+        axes: Mapping[str, int | None] | None = None,
         rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None,
         valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
     ) -> None:
         super().__init__(owner, attribute, weigher, scored, title)
         self.separable = separable
-        self._proven = trusted
+        self._trusted = trusted
+        self._met = False
+        self._memory = Memory(owner)
+        # Losses that are summed over the batch, and not averaged.
+        self._summed: set[tuple] = set()
         # Heads may write into their predictions: only losses that are known not to get the originals.
         self._writable = not trusted or attribute != "forward"
         self._axes, self._rows, self._valid = axes, rows, valid
@@ -68,50 +75,85 @@ class SamplewiseView(LossView):
         batch = self._batched(args, kwargs)
         valid = None if self._valid is None else self._valid(self.owner, dict(batch.arguments))
         held = self.separable or not self.weigher.pruned
-        before = rng.capture()
-        proven = self._proven
-        if not proven and torch.is_grad_enabled():
-            self._proven = prove_samples_alike(self._call, batch, self.title)
-            rng.restore(before)
+        generators = rng.capture()
+        if not self._met and torch.is_grad_enabled():
+            self._meet(batch, valid, partial(rng.restore, generators))
+            rng.restore(generators)
         alone = None
-        if self.scored or not held or not proven:
+        if self.scored or not held:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not held):
                 alone = self._evaluate_alone(batch)
         # The host comes last: what it remembers of the batch, and what it draws, is as it is without us.
-        rng.restore(before)
+        rng.restore(generators)
         result = self._evaluate_host(batch, held)
         if alone is None:
             return result
-        per_sample = self._per_sample(result, alone, valid)
-        if self.scored:
-            self._score(per_sample, valid)
+        per_sample = self._per_sample(result, alone)
+        if self.scored and per_sample:
+            self._score(torch.stack([losses.detach() for losses in per_sample.values()]).sum(0), valid)
         if held:
             return result
-        weigh = self.weigher.weigh
-        return replace_losses(
-            result,
-            {
-                path: weigh(losses, loss_at(result, path), len(losses), self.title)
-                for path, losses in per_sample.items()
-            },
-        )
+        sound = _sound(per_sample, result, valid)
+        if sound is not None:  # stacked anew: 0 times a gradient that is NaN is NaN
+            alone = [each if keep else _zeros(each) for each, keep in zip(alone, sound, strict=True)]
+            per_sample = self._per_sample(result, alone)
+        weighed = {}
+        for path, losses in per_sample.items():
+            normaliser = 1.0 if path in self._summed else len(losses)
+            weighed[path] = self.weigher.weigh(losses, loss_at(result, path), normaliser, self.title)
+        return replace_losses(result, weighed)
 
     def _batched(self, args: tuple, kwargs: dict) -> BatchedArguments:
         bound = self._signature.bind(*args, **kwargs).arguments
         check_order(self.title, self.weigher.data_samples, bound.values())
         rows = None if self._rows is None else self._rows(self.owner, bound)
-        batch = BatchedArguments(bound, self.weigher.batch_size, self._axes, rows, self._writable)
+        return BatchedArguments(bound, self.weigher.batch_size, self._axes, rows, self._writable)
+
+    def _meet(self, batch: BatchedArguments, valid: Tensor | None, reset: Callable[[], None]) -> None:
+        """What is found out in the first step: whether and how this loss can be weighed."""
         try:
-            if torch.is_grad_enabled():
-                batch.check()
-            batch.samples()
+            batch.check()
         except ValueError as error:
             raise ValueError(f"{self.title} cannot be weighed: {error}; {HOW_TO}") from error
-        return batch
+        with torch.no_grad():
+            alone = self._evaluate_alone(batch)
+            reset()
+        for losses in alone:
+            for path, loss in losses.items():
+                self._check_scalar(path, loss)
+        if not self.separable and not batch.has_rows:
+            self._learn_what_is_summed(batch, alone, valid)
+            reset()
+        self._met = self._trusted or prove_samples_alike(self._call_aside, batch, reset, self.title)
+        if batch.batch_size > 1:
+            self._memory.settle()
+
+    def _learn_what_is_summed(
+        self, batch: BatchedArguments, alone: list[dict[tuple, Tensor]], valid: Tensor | None
+    ) -> None:
+        """See whether a loss grows with the number of samples, by that of B copies of one."""
+        totals = [sum(float(loss.sum()) for loss in losses.values()) for losses in alone]
+        usable = [True] * len(totals) if valid is None else valid.tolist()
+        largest = max(range(len(totals)), key=lambda i: (usable[i], totals[i]))
+        with torch.no_grad():
+            copies = dict(losses_in(self._call_aside(batch.reordered([largest] * batch.batch_size))))
+            again = dict(losses_in(self._call_aside(batch.reordered([largest]))))  # with other random numbers
+        for path, loss in copies.items():
+            if path not in alone[largest] or path not in again:
+                continue
+            one = abs(float(alone[largest][path].sum())) if usable[largest] else 0.0
+            certain = one > 0 and abs(abs(float(again[path].sum())) - one) < 1e-3 * one
+            if certain and batch.batch_size > 1 and abs(float(loss.sum())) > batch.batch_size**0.5 * one:
+                self._summed.add(path)
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
         bound = inspect.BoundArguments(self._signature, dict(arguments))  # type: ignore[arg-type]
         return self.host(*bound.args, **bound.kwargs)
+
+    def _call_aside(self, arguments: Mapping[str, Any]) -> Any:
+        """A call beside the host's own: the loss does not remember it."""
+        with self._memory.aside():
+            return self._call(arguments)
 
     def _evaluate_host(self, batch: BatchedArguments, held: bool) -> Any:
         """The host's own evaluation of the batch, for its gradient or only for its value."""
@@ -133,10 +175,14 @@ class SamplewiseView(LossView):
 
     def _evaluate_alone(self, batch: BatchedArguments) -> list[dict[tuple, Tensor]]:
         """The losses of each sample alone, by their path in the host's result."""
+        try:
+            samples = batch.samples()
+        except ValueError as error:
+            raise ValueError(f"{self.title} cannot be weighed: {error}; {HOW_TO}") from error
         alone = []
-        for i, arguments in enumerate(batch.samples()):
+        for i, arguments in enumerate(samples):
             try:
-                alone.append(dict(losses_in(self._call(arguments))))
+                alone.append(dict(losses_in(self._call_aside(arguments))))
             except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
                 raise ValueError(
                     f"{self.title} cannot be weighed: it could not be evaluated on sample {i} of the batch alone "
@@ -144,7 +190,7 @@ class SamplewiseView(LossView):
                 ) from error
         return alone
 
-    def _per_sample(self, result: Any, alone: list[dict[tuple, Tensor]], valid: Tensor | None) -> dict[tuple, Tensor]:
+    def _per_sample(self, result: Any, alone: list[dict[tuple, Tensor]]) -> dict[tuple, Tensor]:
         """Path of each loss in the host's result, and its values on the samples alone, shape ``(B,)``."""
         per_sample = {}
         for path, loss in losses_in(result):
@@ -155,37 +201,37 @@ class SamplewiseView(LossView):
                 )
             values = [losses[path] for losses in alone]
             for each in (loss, *values):
-                if each.numel() > 1:
-                    raise ValueError(
-                        f"{self.title} cannot be weighed: expected a scalar for {written(path)}, got the shape "
-                        f"{tuple(each.shape)}; use reduction='mean', or {HOW_TO}"
-                    )
+                self._check_scalar(path, each)
             if loss.numel():  # an empty one says that nothing was there to train on
-                per_sample[path] = _without_blanks([value.sum() for value in values], loss, valid)
+                per_sample[path] = stack_scalars([value.sum() for value in values])
         return per_sample
 
-    def _score(self, per_sample: dict[tuple, Tensor], valid: Tensor | None) -> None:
-        scores = [losses.detach() for losses in per_sample.values()]
-        if not scores:
-            return
-        total = torch.stack(scores).sum(0)
+    def _check_scalar(self, path: tuple, loss: Tensor) -> None:
+        if loss.numel() > 1:
+            raise ValueError(
+                f"{self.title} cannot be weighed: expected a scalar for {written(path)}, got the shape "
+                f"{tuple(loss.shape)}; use reduction='mean', or {HOW_TO}"
+            )
+
+    def _score(self, scores: Tensor, valid: Tensor | None) -> None:
         if valid is None:
-            valid = torch.ones(len(total), dtype=torch.bool)
-        self.weigher.score(total, valid.to(total.device))
+            valid = torch.ones(len(scores), dtype=torch.bool)
+        self.weigher.score(scores, valid.to(scores.device))
 
 
-def _without_blanks(values: list[Tensor], host_loss: Tensor, valid: Tensor | None) -> Tensor:
-    """One tensor of the samples' losses, shape ``(B,)``, with 0 where a blank sample is divided by nothing.
+def _sound(per_sample: dict[tuple, Tensor], result: Any, valid: Tensor | None) -> list[bool] | None:
+    """Which samples' own losses can be trained on, or None for all.
 
     Alone, a sample without a valid pixel or a box may give 0/0, or a loss over an epsilon, where the host's
     loss of the whole batch is sound: it would spoil the gradient of all.
     """
-    losses = stack_scalars(values)
-    if valid is None or not losses.requires_grad:
-        return losses
-    sound = losses.detach().abs() <= _SOUND * host_loss.detach().abs().sum()
-    usable = sound | valid.to(losses.device)
-    if bool(usable.all()):
-        return losses
-    kept = zip(values, usable.tolist(), strict=True)
-    return stack_scalars([value if keep else torch.zeros_like(value) for value, keep in kept])
+    if valid is None or not per_sample:
+        return None
+    own = torch.stack([losses.detach().abs() for losses in per_sample.values()]).sum(0)
+    whole = torch.stack([loss_at(result, path).detach().float().abs().sum() for path in per_sample]).sum()
+    sound = (own <= _SOUND * whole) | valid.to(own.device)
+    return None if bool(sound.all()) else sound.tolist()
+
+
+def _zeros(losses: Mapping[tuple, Tensor]) -> dict[tuple, Tensor]:
+    return {path: torch.zeros_like(loss) for path, loss in losses.items()}

@@ -8,16 +8,18 @@ every sample from one evaluation; ``samplewise.py`` has the one that works for a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .coverage import check_coverage
+from ..core import rng
+from .coverage import Coverage
+from .memory import Memory
 from .proof import check_order
-from .results import losses_in
+from .results import losses_in, written
 from .weigher import HOW_TO, LossWeigher
 
 
@@ -102,14 +104,22 @@ class SampleLosses:
     counts: Tensor
     value: Tensor | None = None
 
+    def shown(self) -> Tensor:
+        """The loss that the host shows."""
+        return self.sums.sum() / self.normaliser if self.value is None else self.value
+
 
 class VectorisedView(LossView):
     """Takes the losses of all samples from one evaluation of a function.
 
     Args:
         function (Callable): Called as ``function(module, *args, **kwargs)`` with the arguments of the
-            host's call, returns :class:`SampleLosses`. A call of the module inside it is the host's.
-        scale (float): Factor that the host applies to what this view returns. Defaults to 1.
+            host's call, returns :class:`SampleLosses`, or a dict of them as a head returns its losses. A call
+            of the module inside it is the host's.
+        attribute (str): The method to stand in for. Defaults to ``'forward'``.
+        factor (str, optional): Attribute of the module that the host multiplies the result by.
+        trusted (bool): Whether the function is known to compute the host's loss. Others are compared with
+            the host in the first step.
     """
 
     def __init__(
@@ -118,22 +128,59 @@ class VectorisedView(LossView):
         weigher: LossWeigher,
         scored: bool,
         title: str,
-        function: Callable[..., SampleLosses],
+        function: Callable[..., SampleLosses | dict[str, Any]],
         attribute: str = "forward",
-        scale: float = 1.0,
+        *,
+        factor: str | None = None,
+        trusted: bool = False,
     ) -> None:
         super().__init__(owner, attribute, weigher, scored, title)
         self.function = function
-        self.scale = scale
+        self._factor = factor
+        self._trusted = trusted
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
         if asks_for_elements(kwargs):
             return self.host(*args, **kwargs)
-        losses = self.function(self.owner, *args, **kwargs)
+        if not self._trusted:
+            self._compare(args, kwargs)
+            self._trusted = True
+        result = self.function(self.owner, *args, **kwargs)
+        if isinstance(result, SampleLosses):
+            return self._weigh(result)
+        return {key: self._weigh(each) if isinstance(each, SampleLosses) else each for key, each in result.items()}
+
+    def _weigh(self, losses: SampleLosses) -> Tensor:
         if self.scored:
-            self.weigher.score(self.scale * losses.sums.detach() / losses.counts, losses.counts > 0)
-        value = losses.sums.sum() / losses.normaliser if losses.value is None else losses.value
-        return self.weigher.weigh(losses.sums, value, losses.normaliser, self.title)
+            factor = 1.0 if self._factor is None else float(getattr(self.owner, self._factor))
+            self.weigher.score(factor * losses.sums.detach() / losses.counts, losses.counts > 0)
+        return self.weigher.weigh(losses.sums, losses.shown(), losses.normaliser, self.title)
+
+    def _compare(self, args: tuple, kwargs: dict) -> None:
+        """Refuse a function that computes something else than the host does."""
+        generators = rng.capture()
+        memory = Memory(self.owner)
+        with torch.no_grad():
+            with memory.aside():
+                host = dict(losses_in(self.host(*args, **kwargs)))
+            rng.restore(generators)
+            with memory.aside():
+                result = self.function(self.owner, *args, **kwargs)
+            rng.restore(generators)
+        ours = {(): result} if isinstance(result, SampleLosses) else {(key,): each for key, each in result.items()}
+        added = [written(path) for path, each in ours.items() if isinstance(each, SampleLosses) and path not in host]
+        if added:
+            raise ValueError(f"the view of {self.title} gives {', '.join(added)}, which the host does not")
+        for path, loss in host.items():
+            losses = ours.get(path)
+            if not isinstance(losses, SampleLosses):
+                raise ValueError(f"the view of {self.title} gives no SampleLosses for {written(path)}")
+            value, expected = float(losses.shown()), float(loss.mean())
+            if abs(value - expected) > 1e-3 * max(abs(expected), abs(value)):
+                raise ValueError(
+                    f"the view of {self.title} gives {value:.6g} for {written(path)}, the host {expected:.6g}: its "
+                    "sums divided by its normaliser must be the host's loss"
+                )
 
 
 class RowwiseView(LossView):
@@ -164,22 +211,61 @@ class OrderView(LossView):
 
 
 class ModelView(LossView):
-    """Stands in for a model's ``loss``: counts each call as one forward pass, and lets no loss go unweighed."""
+    """Stands in for a model's ``loss``: counts each call in training as one forward pass.
 
-    def __init__(self, owner: nn.Module, weigher: LossWeigher) -> None:
+    Args:
+        coverage (Coverage): Checks the losses that the model returns.
+        labelled (Callable, optional): ``labelled(model, data_samples)`` tells which samples have a label,
+            shape ``(B,)``, bool, or None where that is not known. The others are not scored.
+    """
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        weigher: LossWeigher,
+        coverage: Coverage,
+        labelled: Callable[[nn.Module, Sequence[Any]], Tensor | None] | None = None,
+    ) -> None:
         super().__init__(owner, "loss", weigher, scored=False)
-        self._checked: set[bool] = set()
+        self._coverage = coverage
+        self._labelled = labelled
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.owner.training:  # somebody evaluates another batch between our steps
+            with self.weigher.suspended():
+                return self.host(*args, **kwargs)
         self.weigher.restart()
         for value in (*args, *kwargs.values()):
             if isinstance(value, (list, tuple)) and len(value) == self.weigher.batch_size:
                 self.weigher.data_samples = value
+                if self._labelled is not None:
+                    self.weigher.labelled = self._labelled(self.owner, value)
         losses = self.host(*args, **kwargs)
-        if torch.is_grad_enabled() and self.weigher.pruned not in self._checked:
-            check_coverage(self.owner, dict(losses_in(losses)))
-            self._checked.add(self.weigher.pruned)
+        self._coverage.check(dict(losses_in(losses)), self.weigher.pruned)
         return losses
+
+
+class ParsedLossesView(LossView):
+    """Stands in for a model's ``parse_losses``: what it is given is what is optimised."""
+
+    def __init__(self, owner: nn.Module, weigher: LossWeigher, coverage: Coverage) -> None:
+        super().__init__(owner, "parse_losses", weigher, scored=False)
+        self._coverage = coverage
+
+    def weighed(self, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            self._coverage.check(dict(losses_in(value)), self.weigher.pruned, parsed=True)
+        return self.host(*args, **kwargs)
+
+
+def model_views(
+    model: nn.Module,
+    weigher: LossWeigher,
+    labelled: Callable[[nn.Module, Sequence[Any]], Tensor | None] | None = None,
+) -> list[LossView]:
+    """The views of a model itself, beside those of its heads; see :class:`ModelView`."""
+    coverage = Coverage(model)
+    return [ModelView(model, weigher, coverage, labelled), ParsedLossesView(model, weigher, coverage)]
 
 
 def asks_for_elements(kwargs: dict[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,11 +27,23 @@ class LossWeigher:
         self._valid: Tensor | None = None
         #: The data samples of the batch in the order of its weights, where the model was given some.
         self.data_samples: Sequence[Any] | None = None
+        #: Which of them have a label at all, shape ``(B,)``, bool, where that is known.
+        self.labelled: Tensor | None = None
+        self._suspended = False
 
     @property
     def active(self) -> bool:
         """Whether a training batch is in hand."""
-        return self._weights is not None
+        return self._weights is not None and not self._suspended
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let the model compute something else than the batch in hand: views are the host then."""
+        before, self._suspended = self._suspended, True
+        try:
+            yield
+        finally:
+            self._suspended = before
 
     @property
     def batch_size(self) -> int:
@@ -56,7 +69,7 @@ class LossWeigher:
     def restart(self) -> None:
         """Forget the scores so far: the batch goes through the model once more."""
         self._scores = self._valid = None
-        self.data_samples = None
+        self.data_samples = self.labelled = None
 
     def end(self) -> tuple[Tensor | None, Tensor | None]:
         """Close the batch.
@@ -66,6 +79,8 @@ class LossWeigher:
             rest on at least one valid pixel, shape ``(B,)``, bool; both None if no loss was scored.
         """
         scores, valid = self._scores, self._valid
+        if valid is not None and self.labelled is not None:
+            valid = valid & self.labelled.to(valid.device)
         self._weights = None
         self.restart()
         return scores, valid
@@ -125,7 +140,8 @@ class LossWeigher:
         """
         weights = self.weights_on(predictions.device)
         if rows is not None:
-            weights = weights.repeat_interleave(torch.tensor(rows, device=weights.device))
+            counts = torch.tensor(rows, device=weights.device)
+            weights = weights.repeat_interleave(counts, output_size=predictions.shape[axis])
         shape = [-1 if dim == axis else 1 for dim in range(predictions.dim())]
         return ScaledGradient.apply(predictions, weights.view(shape))
 

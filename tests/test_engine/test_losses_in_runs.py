@@ -13,6 +13,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.models.decode_heads import FCNHead
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 
 from infobatch_mm.engine import InfoBatchHook
@@ -39,6 +40,17 @@ class FirstHalfHead(FCNHead):
     def loss_by_feat(self, seg_logits: torch.Tensor, batch_data_samples: list) -> dict:
         half = max(1, len(seg_logits) // 2)
         return super().loss_by_feat(seg_logits[:half], batch_data_samples[:half])
+
+
+@MODELS.register_module(force=True)
+class PenalisedSegmentor(EncoderDecoder):
+    """Adds a loss where the runner asks for losses, behind ``loss``."""
+
+    def forward(self, inputs: torch.Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
+        losses = super().forward(inputs, data_samples, mode)
+        if mode == "loss":
+            losses["loss_penalty"] = sum(each.square().sum() for each in self.decode_head.parameters())
+        return losses
 
 
 class Forms(Hook):
@@ -93,5 +105,12 @@ def test_the_log_names_losses_that_do_not_separate_once(
 def test_a_head_that_drops_samples_is_refused_in_the_first_step(scenes: Path, tmp_path: Path) -> None:
     runner = Runner.from_cfg(config(scenes, tmp_path, **{"model.decode_head.type": "FirstHalfHead"}))
     with pytest.raises(ValueError, match=r"(?s)decode_head \(FirstHalfHead\) cannot be weighed.*docs/losses\.md"):
+        runner.train()
+    assert runner.iter == 0
+
+
+def test_a_loss_that_no_head_computes_is_refused_in_the_first_step(scenes: Path, tmp_path: Path) -> None:
+    runner = Runner.from_cfg(config(scenes, tmp_path, **{"model.type": "PenalisedSegmentor"}))
+    with pytest.raises(ValueError, match=r"(?s)loss_penalty trains decode_head\..*docs/losses\.md"):
         runner.train()
     assert runner.iter == 0

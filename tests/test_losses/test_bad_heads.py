@@ -170,13 +170,23 @@ class NeedsPairs(FCNHead):
         return dict(loss_own=cross_entropy(seg_logits, batch_data_samples))
 
 
-class PairsOnly(FCNHead):
-    """Has one more loss where there are pairs."""
+class NextPairs(FCNHead):
+    """Pairs each sample with the next one."""
 
     def loss_by_feat(self, seg_logits, batch_data_samples):
         losses = dict(loss_own=cross_entropy(seg_logits, batch_data_samples))
         if len(seg_logits) > 1:
             losses["loss_pairs"] = (seg_logits - seg_logits.roll(1, 0)).pow(2).mean()
+        return losses
+
+
+class AllPairs(FCNHead):
+    """Has one more loss where there are pairs."""
+
+    def loss_by_feat(self, seg_logits, batch_data_samples):
+        losses = dict(loss_own=cross_entropy(seg_logits, batch_data_samples))
+        if len(seg_logits) > 1:
+            losses["loss_pairs"] = seg_logits.var(0).mean()
         return losses
 
 
@@ -230,11 +240,12 @@ REFUSED = {
     "twice_the_rows": (dict(head=TwiceTheRows), of_loss("CrossEntropyLoss", "TwiceTheRows"), "8.*4"),
     "own_twice_the_rows": (dict(head=OwnTwiceTheRows), of_head("OwnTwiceTheRows"), r"\(8, 5.*4 rows"),
     "not_of_predictions": (dict(head=NotOfPredictions), of_head("NotOfPredictions"), "none of batch_data_samples"),
-    "pixel_map": (dict(head=PixelMap), of_head("PixelMap"), r"scalar for loss_own.*\(4, 8, 8\)"),
+    "pixel_map": (dict(head=PixelMap), of_head("PixelMap"), r"scalar for loss_own.*\(1, 8, 8\)"),
     "one_for_each_sample": (dict(head=OneForEachSample), of_head("OneForEachSample"), r"scalar for loss_own.*\(4,\)"),
-    "pixel_map_loss": (dict(loss=PixelMapLoss), of_loss("PixelMapLoss"), r"scalar.*\(4, 8, 8\)"),
+    "pixel_map_loss": (dict(loss=PixelMapLoss), of_loss("PixelMapLoss"), r"scalar.*\(1, 8, 8\)"),
     "needs_pairs": (dict(head=NeedsPairs), of_head("NeedsPairs"), "IndexError: a pair needs two samples"),
-    "pairs_only": (dict(head=PairsOnly), of_head("PairsOnly"), "loss_pairs for the batch, but not for each"),
+    "next_pairs": (dict(head=NextPairs), of_head("NextPairs"), "another order"),
+    "all_pairs": (dict(head=AllPairs), of_head("AllPairs"), "loss_pairs for the batch, but not for each"),
     "regularised": (
         dict(segmentor=RegularisedSegmentor),
         "RegularisedSegmentor",
@@ -271,9 +282,41 @@ def test_refused_by_name_and_with_advice(name, pruned):
         refusal.match(rf"(?s){pattern}")
 
 
-def test_a_permutation_is_noticed_in_a_batch_of_two():
-    with pytest.raises(ValueError, match=rf"(?s){of_head('PermutedLogits')}.*{ADVICE}"):
-        first_step(model_of(PermutedLogits), pruned=True, batch=2)
+def neighbours(size):
+    """The order in which every two neighbours have changed places."""
+    return [i ^ 1 if i ^ 1 < size else i for i in range(size)]
+
+
+class Reordered(FCNHead):
+    """Permutes its logits, and in its loss the samples with them: each is trained on its own labels."""
+
+    def forward(self, inputs):
+        logits = super().forward(inputs)
+        return logits[self.order(len(logits))]
+
+    def loss_by_feat(self, seg_logits, batch_data_samples):
+        samples = [batch_data_samples[i] for i in self.order(len(seg_logits))]
+        return dict(loss_own=cross_entropy(seg_logits.float(), samples))
+
+
+ORDERS = {
+    "roll": lambda size: [(i - 1) % size for i in range(size)],
+    "roll_back": lambda size: [(i + 1) % size for i in range(size)],
+    "flip": lambda size: list(range(size))[::-1],
+    "neighbours": neighbours,
+    "last_two": lambda size: [*range(size - 2), *([size - 1, size - 2] if size > 1 else [0])],
+}
+
+
+@pytest.mark.parametrize("half_precision", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [2, 3, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_permutations_are_noticed_whatever_their_kind(order, batch, half_precision):
+    model = model_of(Reordered)
+    model.decode_head.order = ORDERS[order]
+    refused = pytest.raises(ValueError, match=rf"(?s){of_head('Reordered')}.*another order.*{ADVICE}")
+    with torch.autocast("cpu", torch.bfloat16, enabled=half_precision), refused:
+        first_step(model, pruned=True, batch=batch)
 
 
 @passes
@@ -337,6 +380,64 @@ def test_a_step_without_gradients_proves_no_coverage(pruned):
     weigher.begin(torch.ones(4), pruned=pruned)
     with pytest.raises(ValueError, match="RegularisedSegmentor"):
         model.loss(*batch)
+
+
+class WarmedUpSegmentor(EncoderDecoder):
+    """Has one more loss from its second step on."""
+
+    steps = 0
+
+    def loss(self, inputs, data_samples):
+        losses = super().loss(inputs, data_samples)
+        self.steps += 1
+        if self.steps > 1:
+            losses["loss_late"] = sum(each.pow(2).sum() for each in self.backbone.parameters())
+        return losses
+
+
+class PenalisedSegmentor(EncoderDecoder):
+    """Adds its loss outside ``loss``."""
+
+    def forward(self, inputs, data_samples=None, mode="tensor"):
+        losses = super().forward(inputs, data_samples, mode)
+        if mode == "loss":
+            losses["loss_penalty"] = sum(each.pow(2).sum() for each in self.backbone.parameters())
+        return losses
+
+
+@passes
+def test_a_loss_that_appears_later_is_refused_then(pruned):
+    model, weigher = model_of(segmentor=WarmedUpSegmentor), LossWeigher()
+    attach_views(model, weigher)
+    batch = make_inputs(size=(32, 32)), make_samples(make_labels(size=SIZE))
+    weigher.begin(torch.ones(4), pruned=pruned)
+    model.loss(*batch)
+    weigher.begin(torch.ones(4), pruned=pruned)
+    with pytest.raises(ValueError, match=rf"(?s)loss_late trains backbone\.maps\.0.*{ADVICE}"):
+        model.loss(*batch)
+
+
+@passes
+def test_a_loss_that_is_added_behind_the_models_loss_is_refused_when_it_is_parsed(pruned):
+    model, weigher = model_of(segmentor=PenalisedSegmentor), LossWeigher()
+    attach_views(model, weigher)
+    batch = make_inputs(size=(32, 32)), make_samples(make_labels(size=SIZE))
+    weigher.begin(torch.ones(4), pruned=pruned)
+    losses = model.forward(*batch, mode="loss")
+    with pytest.raises(ValueError, match=rf"(?s)loss_penalty trains backbone\.maps\.0.*{ADVICE}"):
+        model.parse_losses(losses)
+    weigher.end()
+    model.parse_losses(model.forward(*batch, mode="loss"))  # validation may
+
+
+@passes
+def test_a_model_without_more_losses_is_parsed_as_by_the_host(pruned):
+    model, host, weigher = model_of(OwnHead), model_of(OwnHead), LossWeigher()
+    attach_views(model, weigher)
+    batch = make_inputs(size=(32, 32)), make_samples(make_labels(size=SIZE))
+    weigher.begin(torch.ones(4), pruned=pruned)
+    (ours, shown), (theirs, expected) = (each.parse_losses(each.forward(*batch, mode="loss")) for each in (model, host))
+    assert torch.equal(ours, theirs) and shown == expected
 
 
 # ---------------------------------------------------------------- heads that only look bad

@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 
 from infobatch_mm.losses.batch import BatchedArguments
 
@@ -58,10 +59,10 @@ def test_four_levels_of_a_batch_of_four_are_levels(carries_gradient):
 
 
 def test_lists_of_other_things_have_one_for_each_sample():
-    names = ["a", "b", "c"]
+    shapes = [(8, 8), (8, 6), (4, 4)]
     metas = ({"id": 0}, {"id": 1}, {"id": 2})
-    samples = samples_of(dict(names=names, metas=metas), 3)
-    assert [sample["names"] for sample in samples] == [["a"], ["b"], ["c"]]
+    samples = samples_of(dict(shapes=shapes, metas=metas), 3)
+    assert [sample["shapes"] for sample in samples] == [[(8, 8)], [(8, 6)], [(4, 4)]]
     assert [sample["metas"] for sample in samples] == [({"id": 0},), ({"id": 1},), ({"id": 2},)]
 
 
@@ -83,11 +84,11 @@ def test_tuples_and_named_tuples_keep_their_type():
 
 
 def test_dicts_are_entered():
-    outputs = dict(logits=grad(3, 5), levels=[grad(3, 2), grad(3, 1)], names=["a", "b", "c"], scale=2.0)
+    outputs = dict(logits=grad(3, 5), levels=[grad(3, 2), grad(3, 1)], shapes=[(1,), (2,), (3,)], scale=2.0)
     samples = samples_of(dict(outputs=outputs), 3)
     assert_sliced([sample["outputs"]["logits"] for sample in samples], outputs["logits"])
     assert_sliced([sample["outputs"]["levels"][1] for sample in samples], outputs["levels"][1])
-    assert [sample["outputs"]["names"] for sample in samples] == [["a"], ["b"], ["c"]]
+    assert [sample["outputs"]["shapes"] for sample in samples] == [[(1,)], [(2,)], [(3,)]]
     assert all(sample["outputs"]["scale"] == 2.0 for sample in samples)
 
 
@@ -118,6 +119,20 @@ def test_an_axis_of_the_batchs_size_does_not_hide_the_named_one():
     assert_sliced([sample["queries"] for sample in samples], queries, axis=1)
 
 
+def test_a_shared_parameter_is_marked_by_name():
+    prototypes = grad(3, 7)
+    batch = BatchedArguments(dict(logits=grad(3, 5), prototypes=prototypes), 3, axes=dict(prototypes=None))
+    assert all(sample["prototypes"] is prototypes for sample in batch.samples())
+    assert batch.reordered([2, 0, 1])["prototypes"] is prototypes
+    assert [tuple(tensor.shape) for tensor, _ in batch.predictions()] == [(3, 5)]
+
+
+def test_only_plain_dicts_are_entered():
+    """A config is shared, whatever it holds; one with a prediction in it is none."""
+    settings = ConfigDict(sizes=[(1,), (2,), (3,)], thresholds=torch.rand(3))
+    assert all(sample["settings"] is settings for sample in samples_of(dict(logits=grad(3, 5), settings=settings), 3))
+
+
 @pytest.mark.parametrize("rows", [[2, 0, 3], [5, 0, 0], [1, 1, 3]])
 def test_rows_belong_to_the_samples_as_said(rows):
     points = grad(5, 4)
@@ -135,7 +150,23 @@ def test_rows_that_do_not_add_up_are_refused(rows):
 
 @pytest.mark.parametrize(
     "shared",
-    [torch.tensor(2.0), torch.rand(7), torch.zeros(0), "mean", None, 4, 0.5, [], (), {}, [torch.rand(7)], ["a", "b"]],
+    [
+        torch.tensor(2.0),
+        torch.rand(7),
+        torch.zeros(0),
+        "mean",
+        None,
+        4,
+        0.5,
+        [],
+        (),
+        {},
+        [torch.rand(7)],
+        ["a", "b"],
+        ["a", "b", "c"],
+        [1, 0.5, 0.25],
+        (1, 2, 3),
+    ],
     ids=str,
 )
 def test_all_else_is_shared(shared):
@@ -181,14 +212,14 @@ def test_only_predictions_are_mapped():
 
 def test_reordered_is_the_same_batch_in_another_order():
     arguments = dict(
-        logits=grad(3, 5), levels=[grad(3, 1), grad(3, 2)], queries=grad(2, 3), names=["a", "b", "c"], flag=True
+        logits=grad(3, 5), levels=[grad(3, 1), grad(3, 2)], queries=grad(2, 3), shapes=[(1,), (2,), (3,)], flag=True
     )
     other = BatchedArguments(arguments, 3, axes=dict(queries=1)).reordered([2, 0, 1])
     order = [2, 0, 1]
     assert torch.equal(other["logits"], arguments["logits"][order])
     assert torch.equal(other["levels"][1], arguments["levels"][1][order])
     assert torch.equal(other["queries"], arguments["queries"][:, order])
-    assert other["names"] == ["c", "a", "b"] and other["flag"] is True
+    assert other["shapes"] == [(3,), (1,), (2,)] and other["flag"] is True
 
 
 # ---------------------------------------------------------------- refusals

@@ -12,15 +12,17 @@ from oracle_losses import losses_alone, tiny_model, weighted, weighted_mean, wit
 
 import infobatch_mm.losses.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
 from infobatch_mm.losses import (
+    HeadRule,
     LossWeigher,
     SampleLosses,
     attach_views,
+    register_head_rule,
     register_head_view,
-    register_loss_factory,
     register_loss_view,
+    register_separable_loss,
     registry,
-    samplewise,
 )
+from infobatch_mm.losses.registry import register_loss_factory, samplewise
 
 SIZE = (8, 8)
 
@@ -190,13 +192,13 @@ def test_the_decorator_gives_the_function_back():
 
 
 def test_a_separable_loss_needs_a_word_only():
-    register_loss_view(BrierLoss, separable=True)
+    register_separable_loss(BrierLoss)
     scored_by(*assert_weighed(lambda: with_loss(BrierLoss(), FCNHead)))
 
 
 def test_a_separable_loss_keeps_its_normaliser():
     """By the samples' valid pixels in the batch, not by each one's own."""
-    register_loss_view(OtherBrierLoss, separable=True)
+    register_separable_loss(OtherBrierLoss)
     valid = (batch()[1] != 255).flatten(1).sum(1)
 
     def held(alone, weights):
@@ -205,10 +207,14 @@ def test_a_separable_loss_keeps_its_normaliser():
     scored_by(*assert_weighed(lambda: with_loss(OtherBrierLoss(), FCNHead), held))
 
 
-@pytest.mark.parametrize("registered", [False, True], ids=["unknown", "registered"])
-def test_losses_that_promise_nothing_are_taken_as_not_separable(registered):
-    if registered:
-        register_loss_view(OtherBrierLoss, separable=False)
+def test_a_separable_losss_own_word_on_which_samples_can_be_scored():
+    register_separable_loss(BrierLoss, valid=lambda loss, arguments: torch.tensor([True, False, True, True]))
+    _, _, (scores, valid), _ = step(with_loss(BrierLoss(), FCNHead), torch.ones(4))
+    assert valid.tolist() == [True, False, True, True]
+    assert float(scores[1]) == 0
+
+
+def test_losses_that_promise_nothing_are_taken_as_not_separable():
     scored_by(*assert_weighed(lambda: with_loss(OtherBrierLoss(), FCNHead), separable=False))
 
 
@@ -245,8 +251,9 @@ def test_what_is_known_of_a_loss_holds_for_subclasses_without_a_forward_of_their
 
 def test_a_subclass_has_a_registration_of_its_own_where_it_has_one():
     register_loss_view(BrierLoss)(brier_view)
-    register_loss_view(SameBrierLoss, separable=False)
-    assert attach_views(with_loss(SameBrierLoss(), FCNHead), LossWeigher()).not_separable
+    register_separable_loss(SameBrierLoss)
+    views = attach_views(with_loss(SameBrierLoss(), FCNHead), LossWeigher())
+    assert not views.vectorised and not views.not_separable
     assert attach_views(with_loss(BrierLoss(), FCNHead), LossWeigher()).vectorised
 
 
@@ -262,8 +269,8 @@ def test_a_cross_entropy_with_a_forward_of_its_own_is_weighed_as_what_it_is():
 def test_a_view_of_a_function_that_gives_other_samples_is_refused_by_name():
     @register_loss_view(BrierLoss)
     def halved(loss, pred, label, **kwargs):
-        losses = brier_view(loss, pred, label)
-        return SampleLosses(losses.sums[:2], losses.normaliser, losses.counts[:2])
+        losses = brier_view(loss, pred, label)  # its loss is the host's, but not its number of samples
+        return SampleLosses(losses.sums.view(2, 2).sum(1), losses.normaliser, losses.counts[:2])
 
     with pytest.raises(ValueError, match=r"(?s)decode_head\.loss_decode \(BrierLoss of FCNHead\).*2 samples.*4"):
         step(with_loss(BrierLoss(), FCNHead), torch.ones(4))
@@ -273,7 +280,7 @@ def test_a_view_of_a_function_that_gives_other_samples_is_refused_by_name():
 
 
 def test_a_head_by_its_modules():
-    register_head_view(OwnHead, by_modules=True)
+    register_head_rule(OwnHead, HeadRule(by_modules=True))
     assert_weighed(lambda: with_loss(CrossEntropyLoss()), vectorised=True)
 
 
@@ -282,12 +289,132 @@ def test_a_head_nobody_registered_is_evaluated_sample_by_sample():
 
 
 def test_a_separable_head():
-    register_head_view(OwnHead, separable=True)
+    register_head_rule(OwnHead, HeadRule(separable=True))
     scored_by(*assert_weighed(lambda: with_loss(CrossEntropyLoss())))
 
 
+def two_terms(head, seg_logits, batch_data_samples):
+    labels = labels_of(batch_data_samples)
+    pixels = nn.functional.cross_entropy(seg_logits, labels, ignore_index=255, reduction="none")
+    counts = (labels != 255).flatten(1).sum(1)
+    penalty = seg_logits.pow(2).flatten(1)
+    return dict(
+        loss_own=SampleLosses(pixels.flatten(1).sum(1), labels.numel(), counts),
+        loss_penalty=SampleLosses(penalty.sum(1), penalty.numel(), torch.full_like(counts, penalty.shape[1])),
+        largest=seg_logits.detach().max(),
+    )
+
+
+class TwoTermsHead(FCNHead):
+    """Two losses of its own, both means over samples of equal size, and something to show."""
+
+    def loss_by_feat(self, seg_logits, batch_data_samples):
+        labels = labels_of(batch_data_samples)
+        loss = nn.functional.cross_entropy(seg_logits, labels, ignore_index=255, reduction="none").mean()
+        return dict(loss_own=loss, loss_penalty=seg_logits.pow(2).mean(), largest=seg_logits.detach().max())
+
+
+def test_a_function_makes_a_vectorised_view_of_a_head():
+    assert register_head_view(TwoTermsHead)(two_terms) is two_terms
+    scores, _ = assert_weighed(lambda: with_head(TwoTermsHead, torch.float64), vectorised=True)
+    model = with_head(TwoTermsHead, torch.float64)
+    inputs, labels = batch()
+    apart = two_terms(model.decode_head, model.decode_head(model.extract_feat(inputs)), make_samples(labels))
+    expected = sum(each.sums / each.counts for each in (apart["loss_own"], apart["loss_penalty"]))
+    scored_by(scores, expected.tolist())
+
+
+def test_a_function_of_a_head_shows_what_the_host_shows():
+    register_head_view(TwoTermsHead)(two_terms)
+    model, weigher = with_head(TwoTermsHead), LossWeigher()
+    attach_views(model, weigher)
+    inputs, labels = make_inputs(size=(32, 32)), make_labels(size=SIZE)
+    weigher.begin(make_weights())
+    ours = model.loss(inputs, make_samples(labels))
+    theirs = with_head(TwoTermsHead).loss(inputs, make_samples(labels))
+    assert list(ours) == list(theirs)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=0)
+
+
+def changed(result, **changes):
+    return {key: value for key, value in {**result, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
+@pytest.mark.parametrize(
+    ("function", "pattern"),
+    [
+        (
+            lambda result: changed(result, loss_penalty=SampleLosses(2 * result["loss_penalty"].sums, 1280.0, 1)),
+            r"gives [\de.-]+ for loss_penalty, the host [\de.-]+",
+        ),
+        (lambda result: changed(result, loss_penalty=None), "no SampleLosses for loss_penalty"),
+        (lambda result: changed(result, loss_penalty=result["loss_penalty"].shown()), "no SampleLosses for loss_pen"),
+        (
+            lambda result: changed(result, loss_more=result["loss_penalty"]),
+            "loss_more",
+        ),
+    ],
+    ids=["another_value", "left_out", "not_taken_apart", "one_more"],
+)
+def test_a_function_that_computes_something_else_than_the_head_is_refused(function, pattern, pruned):
+    register_head_view(TwoTermsHead)(lambda *args: function(two_terms(*args)))
+    with pytest.raises(ValueError, match=rf"(?s)decode_head \(TwoTermsHead\).*({pattern})"):
+        step(with_head(TwoTermsHead, torch.float64), torch.ones(4), pruned)
+
+
+def test_a_function_that_computes_another_loss_than_the_module_is_refused_with_both_numbers():
+    register_loss_view(OtherBrierLoss)(brier_view)
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)decode_head\.loss_decode \(OtherBrierLoss.*gives 0\.\d+ for its loss, the host [01]\.\d+",
+    ):
+        step(with_loss(OtherBrierLoss(), FCNHead), torch.ones(4))
+
+
+class ListHead(FCNHead):
+    """One loss for each of its layers, in a list, as the host allows."""
+
+    def loss_by_feat(self, seg_logits, batch_data_samples):
+        labels = labels_of(batch_data_samples)
+        losses = [
+            nn.functional.cross_entropy(k * seg_logits, labels, reduction="none", ignore_index=255) for k in (1, 2)
+        ]
+        return dict(loss_layers=[loss.mean() for loss in losses])
+
+
+def two_layers(head, seg_logits, batch_data_samples):
+    return dict(loss_layers=[two_terms(head, k * seg_logits, batch_data_samples)["loss_own"] for k in (1, 2)])
+
+
+def test_a_function_of_a_head_that_gives_lists_is_refused_by_name():
+    register_head_view(ListHead)(two_layers)
+    with pytest.raises(ValueError, match=r"(?s)decode_head \(ListHead\).*loss_layers"):
+        step(with_head(ListHead, torch.float64), torch.ones(4))
+
+
+def test_a_function_of_a_head_holds_for_subclasses_that_compute_no_loss_of_their_own():
+    register_head_view(OwnHead)(two_terms)
+    attached = [
+        attach_views(with_loss(CrossEntropyLoss(), head), LossWeigher()) for head in (SameOwnHead, OtherOwnHead)
+    ]
+    assert [views.vectorised for views in attached] == [True, False]
+
+
+class OtherRowsHead(PixelRowsHead):
+    def loss_of_rows(self, rows, row_labels):
+        return dict(loss_rows=rows.pow(2).mean())
+
+
+def test_a_rule_of_another_method_does_not_hold_for_subclasses_that_define_it():
+    register_head_rule(PixelRowsHead, HeadRule(method="loss_of_rows", rows=rows_of, separable=True, trusted=True))
+    assert not attach_views(with_head(PixelRowsHead), LossWeigher()).not_separable
+    assert attach_views(with_head(OtherRowsHead), LossWeigher()).not_separable
+
+
 def test_what_is_known_of_a_head_holds_for_subclasses_that_compute_no_loss_of_their_own():
-    register_head_view(OwnHead, by_modules=True)
+    register_head_rule(OwnHead, HeadRule(by_modules=True))
     attached = [
         attach_views(with_loss(CrossEntropyLoss(), head), LossWeigher()) for head in (SameOwnHead, OtherOwnHead)
     ]
@@ -297,7 +424,7 @@ def test_what_is_known_of_a_head_holds_for_subclasses_that_compute_no_loss_of_th
 
 @pytest.mark.parametrize("separable", [True, False])
 def test_a_head_with_the_batch_along_another_axis(separable):
-    register_head_view(LayersFirstHead, axes=dict(layers=1), separable=separable)
+    register_head_rule(LayersFirstHead, HeadRule(axes=dict(layers=1), separable=separable))
 
     def alone(head, layers, labels):
         samples = make_samples(labels)
@@ -318,7 +445,8 @@ def test_a_head_with_the_batch_along_another_axis_is_refused_without_a_word():
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("separable", [True, False])
 def test_a_head_whose_rows_belong_to_its_samples(separable, trusted):
-    register_head_view(PixelRowsHead, method="loss_of_rows", rows=rows_of, separable=separable, trusted=trusted)
+    rule = HeadRule(method="loss_of_rows", rows=rows_of, separable=separable, trusted=trusted)
+    register_head_rule(PixelRowsHead, rule)
     valid = (batch()[1] != 255).flatten(1).sum(1)
 
     def alone(head, logits, labels):
@@ -338,7 +466,7 @@ def test_a_head_whose_rows_belong_to_its_samples(separable, trusted):
 
 
 def test_a_heads_own_word_on_which_samples_can_be_scored():
-    register_head_view(OwnHead, valid=lambda head, arguments: torch.tensor([True, False, True, True]))
+    register_head_rule(OwnHead, HeadRule(valid=lambda head, arguments: torch.tensor([True, False, True, True])))
     _, _, (scores, valid), _ = step(with_loss(CrossEntropyLoss()), torch.ones(4))
     assert valid.tolist() == [True, False, True, True]
     assert float(scores[1]) == 0
@@ -354,14 +482,14 @@ def test_a_sample_without_a_valid_pixel_has_no_score():
 
 
 def test_a_head_without_the_method_is_refused():
-    register_head_view(OwnHead, method="loss_of_nothing")
+    register_head_rule(OwnHead, HeadRule(method="loss_of_nothing"))
     with pytest.raises(ValueError, match=r"decode_head \(OwnHead\) has no loss_of_nothing\(\).*docs/losses\.md"):
         attach_views(with_loss(CrossEntropyLoss()), LossWeigher())
 
 
 def test_an_unknown_word_in_a_rule_is_an_error():
     with pytest.raises(TypeError, match="sepparable"):
-        register_head_view(OwnHead, sepparable=True)
+        HeadRule(sepparable=True)
 
 
 def test_the_tiny_model_is_the_hosts_own():
