@@ -54,7 +54,7 @@ IGNORED = 255
 SIZES = (32, 64, 128, 256, 400, 512)
 TOLERANCES = {"rel_err_ones": 1e-6, "rel_err_random": 1e-4}
 #: Pairs of timed steps in a folder: at least and at most, and the seconds after which no more are begun.
-MIN_PAIRS, MAX_PAIRS, TIME_BOX = 5, 15, 8.0
+MIN_PAIRS, MAX_PAIRS, TIME_BOX = 3, 11, 10.0
 
 #: What the host says where something is not installed -> what that is.
 NEEDS = {
