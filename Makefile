@@ -27,14 +27,16 @@ $(VENV)/.installed: setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mm,report,test,dev]'
 	touch $@
 
-# mmcv is compiled against the torch it runs with; its sources need C++17, which torch 2.14 and newer refuse.
+# mmcv is compiled against the torch it runs with; its sources are C++17, which torch 2.15 refuses. Without
+# --no-cache-dir pip takes the wheel without operators that another environment has left in its cache.
 ops: $(OPS)/.installed
 
 $(OPS)/.installed: setup.py
 	test -x $(OPS)/bin/python || $(PYTHON) -m venv $(OPS)
 	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.*' torchvision setuptools wheel ninja psutil
-	MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 $(OPS)/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-binary onedl-mmcv onedl-mmcv
+	MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 $(OPS)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --no-build-isolation --no-binary onedl-mmcv onedl-mmcv
 	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mm,det,report,test]'
+	$(OPS)/bin/python -c 'import mmcv._ext, mmdet'
 	touch $@
 
 data/demo/.drawn: $(VENV)/.installed infobatch_mm/demo/street.py
