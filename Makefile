@@ -58,7 +58,7 @@ test-ops: $(OPS)/.installed
 	$(OPS)/bin/python -m pytest tests/test_losses
 
 zoo: $(VENV)/.installed
-	$(BIN)/python benchmarks/zoo.py --json work_dirs/zoo.json --markdown work_dirs/zoo.md
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/zoo.py --json work_dirs/zoo.json --markdown work_dirs/zoo.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

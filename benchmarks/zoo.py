@@ -480,6 +480,9 @@ def main() -> None:
     unknown = sorted(set(args.folders) - set(names))
     if unknown:
         parser.error(f"{root} has no folder {', '.join(unknown)}")
+    for path in (args.markdown, args.json):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)  # before any time is spent
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
