@@ -28,15 +28,16 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 # mmcv is compiled against the torch it runs with; its sources are C++17, which torch 2.15 refuses. Without
-# --no-cache-dir pip takes the wheel without operators that another environment has left in its cache.
+# --no-cache-dir pip takes the wheel without operators that another environment has left in its cache; === keeps it from a torch
+# whose build is not torchvision's.
 ops: $(OPS)/.installed
 
 $(OPS)/.installed: setup.py
 	test -x $(OPS)/bin/python || $(PYTHON) -m venv $(OPS)
-	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.*' torchvision setuptools wheel ninja psutil
+	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check 'torch===2.13.0' 'torchvision===0.28.0' setuptools wheel ninja psutil
 	MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 $(OPS)/bin/python -m pip install --disable-pip-version-check --no-cache-dir --no-build-isolation --no-binary onedl-mmcv onedl-mmcv
 	$(OPS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[mm,det,report,test]'
-	$(OPS)/bin/python -c 'import mmcv._ext, mmdet'
+	$(OPS)/bin/python -c 'import mmcv._ext, mmdet.models'
 	touch $@
 
 data/demo/.drawn: $(VENV)/.installed infobatch_mm/demo/street.py
