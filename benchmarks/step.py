@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -17,8 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
-
-from infobatch_mm.losses import LossWeigher, attach_views
+from paired import paired_steps
 
 DEFAULT = Path(__file__).parents[1] / "configs/demo/fcn_r18-tiny_1xb8-1k_demo-96x96.py"
 
@@ -46,30 +44,13 @@ def main() -> None:
     cfg = Config.fromfile(args.config)
     init_default_scope("mmseg")
     model = MODELS.build(cfg.model).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     images, samples = random_batch(args.batch_size, args.crop, model.decode_head.num_classes)
-    weigher = LossWeigher()
     weights = torch.rand(args.batch_size) + 0.5
 
-    def step(weighed: bool) -> float:
-        views = attach_views(model, weigher) if weighed else None
-        start = time.perf_counter()
-        if weighed:
-            weigher.begin(weights)
-        loss, _ = model.parse_losses(model.loss(images, samples))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if weighed:
-            weigher.end()
-        elapsed = time.perf_counter() - start
-        if views is not None:
-            views.restore()
-        return elapsed
+    def loss() -> torch.Tensor:
+        return model.parse_losses(model.loss(images, samples))[0]
 
-    for _ in range(5):
-        step(True), step(False)
-    pairs = [(step(True), step(False)) if i % 2 else (step(False), step(True))[::-1] for i in range(args.pairs)]
+    pairs = paired_steps(model, loss, weights, lr=1e-3, most=args.pairs, least=args.pairs, warm_up=5)
     ratios = sorted(on / off for on, off in pairs)
     host = statistics.median(off for _, off in pairs)
     quartiles = statistics.quantiles(ratios, n=4)

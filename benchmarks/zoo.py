@@ -43,6 +43,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from paired import paired_steps
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -384,31 +385,8 @@ def measure(case: Case, host_loss: float, host_grads: list[Tensor], result: Resu
 
 def step_ratio(case: Case, weights: Tensor) -> float:
     """Median of the ratios of alternating steps, with weighing over without."""
-    optimizer = torch.optim.SGD(case.model.parameters(), lr=1e-6)
-
-    def step(weigher: LossWeigher, on: bool) -> float:
-        start = time.perf_counter()
-        if on:
-            weigher.begin(weights)
-        case.loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if on:
-            weigher.end()
-        return time.perf_counter() - start
-
-    # Views stay attached, and hand everything to the host in the steps without weights.
-    with attached(case.model) as (weigher, _):
-        step(weigher, True)  # what is found out in a run's first step is not timed
-        ratios: list[float] = []
-        start = time.perf_counter()
-        while len(ratios) < MIN_PAIRS or (len(ratios) < MAX_PAIRS and time.perf_counter() - start < TIME_BOX):
-            if len(ratios) % 2:
-                on, off = step(weigher, True), step(weigher, False)
-            else:
-                off, on = step(weigher, False), step(weigher, True)
-            ratios.append(on / off)
-    return statistics.median(ratios)
+    pairs = paired_steps(case.model, case.loss, weights, lr=1e-6, most=MAX_PAIRS, least=MIN_PAIRS, seconds=TIME_BOX)
+    return statistics.median(on / off for on, off in pairs)
 
 
 def check_folder(folder: Path) -> Result:

@@ -1,7 +1,7 @@
 # CamVid (367 training, 233 test images of 240 x 180) laid out like ADE20K. Say where it is:
 #   CAMVID_ROOT=/path/to/camvid python tools/train.py CONFIG
 # or --cfg-options data_root=/path/to/camvid with our tools.
-_base_ = ['../_base_/fcn_r18-tiny.py', '../_base_/default_runtime.py']
+_base_ = ['../_base_/fcn_r18-tiny.py', '../_base_/small_run.py', '../_base_/default_runtime.py']
 
 data_root = '{{$CAMVID_ROOT:data/camvid}}'
 crop_size = (128, 128)
@@ -28,36 +28,14 @@ test_pipeline = [
     dict(type='PackSegInputs')
 ]
 dataset = dict(type='BaseSegDataset', data_root=data_root, metainfo=metainfo)
-train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+train_dataloader = dict(dataset=dict(**dataset, pipeline=train_pipeline))
 # CamVid's validation split is one clip of the same drive: validate and report on the test split.
-val_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path='images/test', seg_map_path='annotations/test'),
-        pipeline=test_pipeline))
+val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator
 
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.0005))
 # 3670 iterations of 8 are 80 passes over 367 images.
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=60),
     dict(type='PolyLR', eta_min=1e-4, power=0.9, by_epoch=False, begin=60, end=3670)
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=3670, val_interval=460)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-randomness = dict(seed=0)

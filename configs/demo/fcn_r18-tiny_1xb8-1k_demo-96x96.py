@@ -1,5 +1,5 @@
 # The unpruned twin: an iteration-based run as on ADE20K, on the scenes that `make demo-data` draws.
-_base_ = ['../_base_/fcn_r18-tiny.py', '../_base_/default_runtime.py']
+_base_ = ['../_base_/fcn_r18-tiny.py', '../_base_/small_run.py', '../_base_/default_runtime.py']
 
 crop_size = (64, 64)
 # The scenes show eight of the first 27 of ADE20K's 150 classes: logits for the rest would only cost time.
@@ -20,38 +20,19 @@ test_pipeline = [
     dict(type='LoadAnnotations', reduce_zero_label=True),
     dict(type='PackSegInputs')
 ]
-train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(
-        type='ADE20KDataset',
-        data_root='data/demo',
-        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+dataset = dict(type='ADE20KDataset', data_root='data/demo')
+train_dataloader = dict(dataset=dict(**dataset, pipeline=train_pipeline))
 val_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        type='ADE20KDataset',
-        data_root='data/demo',
+        **dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
         pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator
 
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.0005))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=60),
     dict(type='PolyLR', eta_min=1e-4, power=0.9, by_epoch=False, begin=60, end=1440)
 ]
 # 1440 iterations of 8 are 24 passes over 480 scenes.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=1440, val_interval=120)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 default_hooks = dict(checkpoint=dict(interval=360))
-randomness = dict(seed=0)

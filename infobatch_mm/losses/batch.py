@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from mmengine.structures import BaseDataElement
-from torch import Tensor
+from torch import Tensor, nn
+
+#: Batch axes of predictions that are stacked over the layers of a decoder: these come first.
+LAYERS_FIRST = {
+    name: 1 for name in ("all_layers_cls_scores", "all_layers_bbox_preds", "all_cls_scores", "all_mask_preds")
+}
 
 
 class BatchedArguments:
@@ -91,7 +96,7 @@ class BatchedArguments:
     @property
     def device_type(self) -> str:
         """Where the predictions are: 'cpu', 'cuda', ..."""
-        predictions = self.predictions() if not self._rows else []
+        predictions = self.predictions()
         return predictions[0][0].device.type if predictions else "cpu"
 
     def in_float32(self) -> BatchedArguments:
@@ -148,6 +153,12 @@ class BatchedArguments:
 
     def _is_batched(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.batch_size
+
+
+def have_instances(head: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Which images have something to find, shape ``(B,)``, bool; None if the head is not given instances."""
+    instances = arguments.get("batch_gt_instances")
+    return None if instances is None else torch.tensor([len(each) > 0 for each in instances])
 
 
 class _Pieces(list):

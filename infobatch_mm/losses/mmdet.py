@@ -13,14 +13,10 @@ from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstance
 from torch import Tensor, nn
 
 from .attach import AttachedViews, head_views
+from .batch import LAYERS_FIRST, have_instances
 from .registry import HeadRule
 from .views import model_views
-from .weigher import HOW_TO, LossWeigher
-
-# Predictions of all decoder layers are stacked: the batch is their second axis.
-_LAYERS_FIRST = {
-    name: 1 for name in ("all_layers_cls_scores", "all_layers_bbox_preds", "all_cls_scores", "all_mask_preds")
-}
+from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
 
 
 def _rois_of_samples(head: nn.Module, arguments: dict) -> dict[str, list[int]]:
@@ -38,8 +34,7 @@ def _has_boxes(head: nn.Module, arguments: dict) -> Tensor | None:
     """Which images have something to find: a loss over no positives has no size to be compared by."""
     if "sampling_results" in arguments:
         return torch.tensor([len(result.pos_priors) > 0 for result in arguments["sampling_results"]])
-    instances = arguments.get("batch_gt_instances")
-    return None if instances is None else torch.tensor([len(each) > 0 for each in instances])
+    return have_instances(head, arguments)
 
 
 def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
@@ -57,9 +52,8 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         ValueError: With the name of what cannot be weighed and what to do.
     """
     if isinstance(model, SingleStageInstanceSegmentor) and model.with_bbox:
-        raise ValueError(
-            f"{type(model).__name__} cannot be weighed: its mask head trains on what its bbox head remembers of the "
-            f"batch; {HOW_TO}"
+        raise cannot_be_weighed(
+            type(model).__name__, "its mask head trains on what its bbox head remembers of the batch"
         )
     views = [
         view
@@ -79,6 +73,6 @@ def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         if callable(getattr(child, "loss_and_target", None)):
             yield name, child, HeadRule(method="loss_and_target", trusted=ours, rows=_rois_of_samples, valid=_has_boxes)
         elif callable(getattr(child, "loss_by_feat", None)):
-            yield name, child, HeadRule(axes=_LAYERS_FIRST, trusted=ours, valid=_has_boxes)
+            yield name, child, HeadRule(axes=LAYERS_FIRST, trusted=ours, valid=_has_boxes)
         else:
             yield from _heads(child, f"{name}.")

@@ -22,6 +22,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from .attach import AttachedViews, head_views
+from .batch import LAYERS_FIRST, have_instances
 from .mmseg_losses import has_valid_pixel
 from .registry import HeadRule, register_head_rule, samplewise
 from .views import model_views
@@ -42,16 +43,10 @@ for _head in (
     register_head_rule(_head, HeadRule(by_modules=True), replace=False)
 
 
-def _has_labels(head: nn.Module, arguments: dict) -> Tensor:
-    """Which images have an instance: without a valid pixel there is none."""
-    return torch.tensor([len(instances.labels) > 0 for instances in arguments["batch_gt_instances"]])
-
-
 # Set prediction: masks are matched to instances, and normalised by the number of instances in the batch.
-# The first axis of a tensor of MaskFormer's predictions is the decoder's layers.
-_QUERIES = dict(all_cls_scores=1, all_mask_preds=1)
+# An image without a valid pixel has none.
 for _head in (MaskFormerHead, Mask2FormerHead, SideAdapterCLIPHead):
-    register_head_rule(_head, HeadRule(trusted=True, axes=_QUERIES, valid=_has_labels), replace=False)
+    register_head_rule(_head, HeadRule(trusted=True, axes=LAYERS_FIRST, valid=have_instances), replace=False)
 
 
 def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:

@@ -43,6 +43,13 @@ def has_valid_pixel(module: nn.Module, arguments: dict) -> Tensor | None:
     return valid_per_sample(label != ignore_index) > 0
 
 
+def _given_normaliser(reduction: str, avg_factor: float | None) -> float | None:
+    """What a host's caller has a loss divided by; None where the loss counts for itself."""
+    if reduction == "sum":
+        return 1.0
+    return None if avg_factor is None else avg_factor + _EPS
+
+
 # ---- cross entropy ----------------------------------------------------------------------------------
 
 
@@ -103,10 +110,9 @@ def _normaliser(
     Follows ``cross_entropy`` and ``binary_cross_entropy`` of mmseg, without their ``.item()``: counts stay
     tensors, so that no step waits for the device (class weights make it wait, as they do in the host).
     """
-    if reduction == "sum":
-        return 1.0
-    if avg_factor is not None:
-        return avg_factor + _EPS
+    given = _given_normaliser(reduction, avg_factor)
+    if given is not None:
+        return given
     if binary:
         if not options["avg_non_ignore"]:
             return None
@@ -151,12 +157,8 @@ def _by_elements(
     pixels = valid_per_sample(valid)
     one_each = elementwise.dim() == 1
     counts = (pixels > 0).long() if one_each else pixels * (elementwise.numel() // valid.numel())
-    normaliser: Tensor | float = elementwise.numel()
-    if (reduction_override or module.reduction) == "sum":
-        normaliser = 1.0
-    elif avg_factor is not None:
-        normaliser = avg_factor + _EPS
-    return SampleLosses(samplewise_sum(elementwise), normaliser, counts)
+    given = _given_normaliser(reduction_override or module.reduction, avg_factor)
+    return SampleLosses(samplewise_sum(elementwise), elementwise.numel() if given is None else given, counts)
 
 
 def _elements_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:

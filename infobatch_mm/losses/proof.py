@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batch import BatchedArguments
 from .results import losses_in
-from .weigher import HOW_TO
+from .weigher import cannot_be_weighed
 
 
 def check_order(title: str, data_samples: Sequence[Any] | None, arguments: Iterable[Any]) -> None:
@@ -30,9 +30,10 @@ def check_order(title: str, data_samples: Sequence[Any] | None, arguments: Itera
     for value in arguments:
         given = [id(each) for each in value] if isinstance(value, (list, tuple)) else []
         if given and given != expected and set(given) <= set(expected):
-            raise ValueError(
-                f"{title} cannot be weighed: it is given {len(given)} of the {len(expected)} data samples of the "
-                f"batch, or in another order: expected all in the order of the batch; {HOW_TO}"
+            raise cannot_be_weighed(
+                title,
+                f"it is given {len(given)} of the {len(expected)} data samples of the batch, or in another order: "
+                "expected all in the order of the batch",
             )
 
 
@@ -96,10 +97,10 @@ def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callabl
     for one, other in zip(values[::2], values[1::2], strict=True):
         if one is None or other is None or not _equal(one, other, tolerance):
             first, second = ("none" if each is None else f"{float(each):.6g}" for each in (one, other))
-            raise ValueError(
-                f"{title} cannot be weighed: its loss is {first}, but {second} for the same samples in another "
-                "order; it drops, reorders or mixes samples: expected a loss that treats the samples of a batch "
-                f"alike; {HOW_TO}"
+            raise cannot_be_weighed(
+                title,
+                f"its loss is {first}, but {second} for the same samples in another order; it drops, reorders or "
+                "mixes samples: expected a loss that treats the samples of a batch alike",
             )
 
 
@@ -111,9 +112,10 @@ def _check_all_samples_count(call: Callable, batch: BatchedArguments, reset: Cal
     reset()
     for i, norm in enumerate(alone):
         if float(norm) > 0 and float(together[i]) == 0:
-            raise ValueError(
-                f"{title} cannot be weighed: sample {i} of {batch.batch_size} has a loss of its own, but no part in "
-                f"the loss of the batch: expected every sample to count; {HOW_TO}"
+            raise cannot_be_weighed(
+                title,
+                f"sample {i} of {size} has a loss of its own, but no part in the loss of the batch: expected every "
+                "sample to count",
             )
 
 

@@ -68,7 +68,7 @@ def register_loss_view(loss: type[nn.Module]) -> Callable[[LossFunction], LossFu
         def factory(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
             return VectorisedView(module, weigher, scored, title, function)
 
-        _LOSSES[loss] = factory
+        register_loss_factory(loss)(factory)
         return function
 
     return decorate
@@ -87,7 +87,7 @@ def register_separable_loss(
         valid (Callable, optional): ``valid(module, arguments)`` tells which samples are scored, see
             :class:`SamplewiseView`. Defaults to all.
     """
-    _LOSSES[loss] = samplewise(separable=True, valid=valid)
+    register_loss_factory(loss)(samplewise(separable=True, valid=valid))
 
 
 def register_loss_factory(loss: type[nn.Module], *, replace: bool = True) -> Callable[[ViewFactory], ViewFactory]:
@@ -119,7 +119,7 @@ def register_head_view(head: type[nn.Module], method: str = "loss_by_feat") -> C
     """
 
     def decorate(function: HeadFunction) -> HeadFunction:
-        _HEADS[head] = HeadRule(method=method, function=function)
+        register_head_rule(head, HeadRule(method=method, function=function))
         return function
 
     return decorate
@@ -156,23 +156,18 @@ def samplewise(**options: Any) -> ViewFactory:
 
 def loss_factory(module: nn.Module) -> ViewFactory | None:
     """What was registered for a loss module, or None."""
-    return _find(_LOSSES, type(module), ("forward",))
+    return _find(_LOSSES, type(module), lambda factory: {"forward"})
 
 
 def head_rule(head: nn.Module) -> HeadRule | None:
     """What was registered for a head, or None."""
-    rule = _find(_HEADS, type(head), ("loss_by_feat", "loss_and_target"))
-    if rule is None:
-        return None
-    registered = next(base for base in type(head).__mro__ if base in _HEADS)
-    below = type(head).__mro__[: type(head).__mro__.index(registered)]
-    return None if any(rule.method in vars(base) for base in below) else rule
+    return _find(_HEADS, type(head), lambda rule: {"loss_by_feat", "loss_and_target", rule.method})
 
 
-def _find(registry: Mapping[type, Any], cls: type, methods: tuple[str, ...]) -> Any:
-    for base in cls.__mro__:
+def _find(registry: Mapping[type, Any], cls: type, methods: Callable[[Any], set[str]]) -> Any:
+    """The entry of the nearest registered class, unless one below it has a method of its own in its place."""
+    for i, base in enumerate(cls.__mro__):
         if base in registry:
-            return registry[base]
-        if any(method in vars(base) for method in methods):
-            return None  # a method of its own: what is known of its parents does not hold
+            entry = registry[base]
+            return None if any(methods(entry) & vars(below).keys() for below in cls.__mro__[:i]) else entry
     return None

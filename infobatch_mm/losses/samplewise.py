@@ -16,7 +16,7 @@ from .memory import Memory
 from .proof import check_order, prove_samples_alike
 from .results import loss_at, losses_in, replace_losses, written
 from .views import LossView, asks_for_elements
-from .weigher import HOW_TO, LossWeigher
+from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
 
 # A blank sample's own loss is taken as sound up to this multiple of the batch's: Sparse R-CNN's of an image
 # without boxes is 10^5 times it, those of heads that clamp their number of positives are below it.
@@ -90,7 +90,7 @@ class SamplewiseView(LossView):
             return result
         per_sample = self._per_sample(result, alone)
         if self.scored and per_sample:
-            self._score(torch.stack([losses.detach() for losses in per_sample.values()]).sum(0), valid)
+            self.weigher.score(torch.stack([losses.detach() for losses in per_sample.values()]).sum(0), valid)
         if held:
             return result
         sound = _sound(per_sample, result, valid)
@@ -114,7 +114,7 @@ class SamplewiseView(LossView):
         try:
             batch.check()
         except ValueError as error:
-            raise ValueError(f"{self.title} cannot be weighed: {error}; {HOW_TO}") from error
+            raise cannot_be_weighed(self.title, str(error)) from error
         with torch.no_grad():
             alone = self._evaluate_alone(batch)
             reset()
@@ -178,16 +178,14 @@ class SamplewiseView(LossView):
         try:
             samples = batch.samples()
         except ValueError as error:
-            raise ValueError(f"{self.title} cannot be weighed: {error}; {HOW_TO}") from error
+            raise cannot_be_weighed(self.title, str(error)) from error
         alone = []
         for i, arguments in enumerate(samples):
             try:
                 alone.append(dict(losses_in(self._call_aside(arguments))))
             except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
-                raise ValueError(
-                    f"{self.title} cannot be weighed: it could not be evaluated on sample {i} of the batch alone "
-                    f"({type(error).__name__}: {error}); {HOW_TO}"
-                ) from error
+                why = f"it could not be evaluated on sample {i} of the batch alone ({type(error).__name__}: {error})"
+                raise cannot_be_weighed(self.title, why) from error
         return alone
 
     def _per_sample(self, result: Any, alone: list[dict[tuple, Tensor]]) -> dict[tuple, Tensor]:
@@ -195,10 +193,8 @@ class SamplewiseView(LossView):
         per_sample = {}
         for path, loss in losses_in(result):
             if any(path not in losses for losses in alone):
-                raise ValueError(
-                    f"{self.title} cannot be weighed: it gives {written(path)} for the batch, but not for each of "
-                    f"its samples alone; {HOW_TO}"
-                )
+                why = f"it gives {written(path)} for the batch, but not for each of its samples alone"
+                raise cannot_be_weighed(self.title, why)
             values = [losses[path] for losses in alone]
             for each in (loss, *values):
                 self._check_scalar(path, each)
@@ -212,11 +208,6 @@ class SamplewiseView(LossView):
                 f"{self.title} cannot be weighed: expected a scalar for {written(path)}, got the shape "
                 f"{tuple(loss.shape)}; use reduction='mean', or {HOW_TO}"
             )
-
-    def _score(self, scores: Tensor, valid: Tensor | None) -> None:
-        if valid is None:
-            valid = torch.ones(len(scores), dtype=torch.bool)
-        self.weigher.score(scores, valid.to(scores.device))
 
 
 def _sound(per_sample: dict[tuple, Tensor], result: Any, valid: Tensor | None) -> list[bool] | None:

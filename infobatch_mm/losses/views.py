@@ -198,7 +198,7 @@ class RowwiseView(LossView):
             )
         if self.scored:
             scores = losses.detach().flatten(1).mean(1) if losses.dim() > 1 else losses.detach()
-            self.weigher.score(scores, torch.ones_like(scores, dtype=torch.bool))
+            self.weigher.score(scores)
         return self.weigher.scale_gradient(losses)
 
 

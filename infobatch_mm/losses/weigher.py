@@ -13,6 +13,11 @@ from torch import Tensor
 HOW_TO = "write a view for it (see 'Heads and losses of your own' in docs/losses.md), or train without InfoBatchHook"
 
 
+def cannot_be_weighed(title: str, why: str) -> ValueError:
+    """The refusal of a head or loss: its name, what was found and expected, and what to do."""
+    return ValueError(f"{title} cannot be weighed: {why}; {HOW_TO}")
+
+
 class LossWeigher:
     """Weights of the current batch, and the per-sample losses that its forward pass left behind.
 
@@ -145,15 +150,19 @@ class LossWeigher:
         shape = [-1 if dim == axis else 1 for dim in range(predictions.dim())]
         return ScaledGradient.apply(predictions, weights.view(shape))
 
-    def score(self, mean_loss: Tensor, valid: Tensor) -> None:
+    def score(self, mean_loss: Tensor, valid: Tensor | None = None) -> None:
         """Add one loss to the scores of the batch's samples.
 
         A term without a valid pixel in a sample adds nothing there; a sample is scored if any term has one.
 
         Args:
             mean_loss (Tensor): Mean of the loss over each sample's valid pixels, shape ``(B,)``.
-            valid (Tensor): Whether a sample has a valid pixel, shape ``(B,)``, bool.
+            valid (Tensor, optional): Whether a sample has a valid pixel, shape ``(B,)``, bool, on any device.
+                Defaults to all.
         """
+        if valid is None:
+            valid = torch.ones_like(mean_loss, dtype=torch.bool)
+        valid = valid.to(mean_loss.device)
         mean_loss = torch.where(valid, mean_loss.detach().float(), 0.0)
         if self._scores is None or self._valid is None:
             self._scores, self._valid = mean_loss, valid

@@ -7,6 +7,7 @@ out pixel by pixel.
 
 import math
 
+import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.structures import PixelData
@@ -45,6 +46,15 @@ def with_head(head, dtype=torch.float32, **attributes):
     for name, value in attributes.items():
         setattr(model.decode_head, name, value)
     return model
+
+
+#: Both kinds of pass.
+passes = pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
+
+
+def labels_of(samples, name="gt_sem_seg"):
+    """The samples' ground truth of this name, shape ``(N, H, W)``."""
+    return torch.stack([getattr(sample, name).data[0] for sample in samples])
 
 
 def add_map(samples, name, values):

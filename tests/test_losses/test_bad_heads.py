@@ -10,16 +10,12 @@ pytest.importorskip("mmseg")
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.segmentors import EncoderDecoder
 from oracle import assert_same_tensors, gradients, make_inputs, make_labels, make_samples, make_weights, total
-from oracle_losses import with_head
+from oracle_losses import labels_of, passes, with_head
 
 from infobatch_mm.losses import LossWeigher, attach_views
 
 SIZE = (8, 8)
 ADVICE = r"docs/losses\.md"
-
-
-def labels_of(samples):
-    return torch.stack([sample.gt_sem_seg.data[0] for sample in samples])
 
 
 def cross_entropies(logits, samples):
@@ -267,9 +263,6 @@ def first_step(model, pruned, batch=4):
     losses = model.loss(make_inputs(batch, size=(32, 32)), make_samples(make_labels(batch, size=SIZE)))
     total(losses).backward()
     return weigher, views
-
-
-passes = pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
 
 
 @passes

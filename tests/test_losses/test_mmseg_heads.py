@@ -27,6 +27,7 @@ from oracle import (
 )
 from oracle_losses import (
     add_map,
+    labels_of,
     losses_alone,
     make_full_samples,
     only,
@@ -146,10 +147,6 @@ def shares_alone(head, outputs, samples, weights):
 
 def upsampled(logits):
     return nn.functional.interpolate(logits, SIZE, mode="bilinear", align_corners=False)
-
-
-def labels_of(samples, name="gt_sem_seg"):
-    return torch.stack([getattr(sample, name).data[0] for sample in samples])
 
 
 def ddr_objective(head, outputs, samples, weights):

@@ -16,12 +16,11 @@ pytest.importorskip("mmseg")
 pytest.importorskip("mmcv._ext", reason="mmdet imports only where mmcv has its compiled operators: make ops")
 pytest.importorskip("mmdet")
 import mmseg
-from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from test_mmdet import BATCH, WEIGHTS, AloneHeads, Step, _dicts, relative_error, seed
+from oracle_alone import BATCH, WEIGHTS, AloneHeads, Step, gradients_of, relative_error, seed, small_config, take_step
 
 from infobatch_mm.losses import LossWeigher, attach_views
 
@@ -147,15 +146,10 @@ CASES = {**SETS, **PIXELS}
 
 
 def build(case):
-    config = Config.fromfile(CONFIGS / case.config, import_custom_modules=False)
-    config.merge_from_dict({f"model.{key}": value for key, value in case.small.items()}, allow_list_keys=True)
-    for part in _dicts(config.model):
-        part.update({key: None for key in ("init_cfg", "pretrained") if key in part})
-        if part.get("type") == "SyncBN":
-            part["type"] = "BN"
+    config = small_config(CONFIGS / case.config, case.small, import_custom_modules=False)
     with torch.random.fork_rng(), DefaultScope.overwrite_default_scope("mmseg"):
         torch.manual_seed(0)
-        model = MODELS.build(config.model)
+        model = MODELS.build(config)
         if hasattr(model, "text_encoder"):
             # SAN can only be initialised from a checkpoint: without one it fails, or leaves parameters unset.
             for each in model.parameters():
@@ -204,19 +198,8 @@ def losses_of(model, labels):
     return model.loss(inputs, samples)
 
 
-def gradients_of(model):
-    return {name: None if each.grad is None else each.grad.clone() for name, each in model.named_parameters()}
-
-
 def step(model, weigher=None, weights=None, pruned=False):
-    if weigher is not None:
-        weigher.begin(weights, pruned)
-    loss, log = model.parse_losses(losses_of(model, make_labels()))
-    model.zero_grad()
-    loss.backward()
-    scores, scored = (None, None) if weigher is None else weigher.end()
-    values = {key: float(value.detach()) for key, value in log.items()}
-    return Step(float(loss.detach()), values, gradients_of(model), scores, scored)
+    return take_step(model, lambda: losses_of(model, make_labels()), weigher, weights, pruned)
 
 
 def step_with_us(models, case, weights, pruned):

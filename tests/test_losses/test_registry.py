@@ -8,7 +8,7 @@ pytest.importorskip("mmseg")
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.losses import CrossEntropyLoss, DiceLoss
 from oracle import make_inputs, make_labels, make_samples, make_weights, total
-from oracle_losses import losses_alone, tiny_model, weighted, weighted_mean, with_head
+from oracle_losses import labels_of, losses_alone, tiny_model, weighted, weighted_mean, with_head
 
 import infobatch_mm.losses.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
 from infobatch_mm.losses import (
@@ -109,10 +109,6 @@ class PixelRowsHead(FCNHead):
 
     def loss_of_rows(self, rows, row_labels):
         return dict(loss_rows=nn.functional.cross_entropy(rows, torch.cat(row_labels)))
-
-
-def labels_of(samples):
-    return torch.stack([sample.gt_sem_seg.data[0] for sample in samples])
 
 
 def rows_of(head, arguments):

@@ -19,16 +19,11 @@ from oracle import (
     make_weights,
     total,
 )
-from oracle_losses import losses_alone, tiny_model, weighted, weighted_mean, with_head
+from oracle_losses import labels_of, losses_alone, passes, tiny_model, weighted, weighted_mean, with_head
 
 from infobatch_mm.losses import LossWeigher, SampleLosses, attach_views, register_loss_view, registry
 
 SIZE = (8, 8)
-passes = pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
-
-
-def labels_of(samples):
-    return torch.stack([sample.gt_sem_seg.data[0] for sample in samples])
 
 
 def make_batch(batch=4, seed=0, dtype=torch.float64, blank=None):

@@ -24,16 +24,11 @@ from oracle import (
     make_weights,
     total,
 )
-from oracle_losses import tiny_model, with_head
+from oracle_losses import labels_of, passes, tiny_model, with_head
 
 from infobatch_mm.losses import LossWeigher, attach_views
 
 SIZE = (8, 8)
-passes = pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
-
-
-def labels_of(samples):
-    return torch.stack([sample.gt_sem_seg.data[0] for sample in samples])
 
 
 def make_batch(seed=0):
