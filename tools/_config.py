@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
+
+#: Where launchers tell a process which of how many it is.
+_LAUNCHERS = {
+    "pytorch": ("RANK", "WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_NTASKS"),
+    "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +37,8 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
+    if args.launcher != "none" and not torch.cuda.is_available():
+        _start_on_cpu(cfg)
     before = cfg.get("data_root")
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
@@ -40,6 +50,20 @@ def load_config(args: argparse.Namespace) -> Config:
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs", Path(args.config).stem))
     return cfg
+
+
+def _start_on_cpu(cfg: Config) -> None:
+    """Start this process's group over gloo: the host's launchers do so for GPUs only."""
+    rank, world = (os.environ.get(name) for name in _LAUNCHERS[cfg.launcher])
+    if rank is None or world is None:
+        raise SystemExit(
+            f"--launcher {cfg.launcher}: this process was not started by it, {' and '.join(_LAUNCHERS[cfg.launcher])} "
+            "are not set; see tools/dist_train.sh"
+        )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    torch.distributed.init_process_group("gloo", rank=int(rank), world_size=int(world))
+    cfg.merge_from_dict({"model_wrapper_cfg.device_ids": None})
 
 
 def _set_data_root(node: Any, before: str | None, root: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,3 +45,25 @@ def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
     gathered = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
     return [part[:size].cpu() for part, size in zip(gathered, sizes, strict=True)]
+
+
+def require_equal(**values: Any) -> None:
+    """Refuse to go on where processes differ in what must be one; every process must call it.
+
+    Args:
+        values: What to compare, by name; plain values with a ``repr``.
+
+    Raises:
+        ValueError: On every process, with the values of rank 0 and of the first rank that differs.
+    """
+    if world_size() == 1:
+        return
+    everyones: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyones, {name: repr(value) for name, value in values.items()})
+    for other, theirs in enumerate(everyones):
+        for name, value in everyones[0].items():
+            if theirs[name] != value:
+                raise ValueError(
+                    f"the processes differ: rank 0 has {name}={value}, rank {other} has {name}={theirs[name]}; all "
+                    "of them must draw the same plans: give them the same data set, in the same order, and settings"
+                )

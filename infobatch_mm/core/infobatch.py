@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .distributed import rank, world_size
+from .distributed import rank, require_equal, world_size
 from .policies import PruningPolicy, build_policy
 from .pruner import Pruner
-from .sampler import PlanSampler
+from .sampler import PlanSampler, item_seed
 from .schedule import EpochSchedule
 
 
@@ -37,9 +37,14 @@ class InfoBatch:
         batch_size (int, optional): Global batch size, over all processes; pruned passes then consist of
             full batches only. Without it the last batch of a pass is the loader's affair.
         shuffle (bool): Whether passes are in random order. Defaults to True.
+        item_seed (bool): Whether the items of :meth:`attach` are read under a seed of their own, made of seed,
+            pass and position in the pass, so that augmentations repeat after a resume. Defaults to False.
+
+    Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its
+    share of each pass.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range, or not the same on every process.
 
     Example:
         >>> infobatch = InfoBatch(4, num_epochs=2, seed=0)
@@ -63,6 +68,7 @@ class InfoBatch:
         seed: int = 0,
         batch_size: int | None = None,
         shuffle: bool = True,
+        item_seed: bool = False,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
@@ -79,7 +85,16 @@ class InfoBatch:
         chosen = build_policy(policy, prune_ratio, delta)
         # Without a batch size the kept count need only divide among the processes.
         schedule = EpochSchedule(num_samples, num_epochs, batch_size=batch_size or world)
-        self._pruner = Pruner(schedule, chosen, seed, shuffle)
+        self._pruner = Pruner(schedule, chosen, seed, shuffle, item_seed=item_seed)
+        require_equal(
+            num_samples=num_samples,
+            num_epochs=num_epochs,
+            **chosen.settings(),
+            seed=seed,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            item_seed=item_seed,
+        )
         self._sampler = _WalkSampler(self._pruner, rank(), world)
 
     def attach(self, dataset: Any) -> Dataset:
@@ -135,8 +150,19 @@ class InfoBatch:
             raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
         return self._sampler.weigh(losses, index.to(torch.int64))
 
+    def merge(self) -> None:
+        """Exchange the scores of this pass among processes, before a checkpoint; every process must call it.
+
+        At the end of a pass it happens by itself. It may be called at any step, any number of times; in one
+        process it does nothing.
+        """
+        self._pruner.store.merge()
+
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``."""
+        """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``.
+
+        On several processes call :meth:`merge` on all of them first, then this on one.
+        """
         return {**self._pruner.state_dict(), "last_batch": self._sampler.last_batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,7 +273,8 @@ class _IndexedItems(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index if index >= 0 else -1 - index]
+        with item_seed(index):
+            return int(index), self.dataset[int(index if index >= 0 else -1 - index)]
 
     def __len__(self) -> int:
         return len(self.dataset)

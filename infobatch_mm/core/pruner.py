@@ -19,9 +19,14 @@ STATE_VERSION = 1
 
 #: What :meth:`Pruner.state_dict` holds, so that checking a state copies none.
 _STATE_KEYS = (
-    *("version", "num_samples", "fingerprint", "settings", "batch_size", "seed"),
+    *("version", "num_samples", "fingerprint", "settings", "batch_size", "schedule", "seed"),
     *("scores", "seen", "times_seen", "num_nonfinite", "num_invalid", "unmerged"),
     *("pass_index", "visited", "visits_before", "plan", "history"),
+)
+#: Of these, the numbers; none of them can be negative.
+_COUNTS = (
+    *("num_samples", "batch_size", "seed"),
+    *("num_nonfinite", "num_invalid", "pass_index", "visited"),
 )
 
 
@@ -37,6 +42,8 @@ class Pruner:
         seed (int): Seed of all draws, the same on every process. Defaults to 0.
         shuffle (bool): Whether passes are in random order. Defaults to True.
         fingerprint (str): Identifies the data set beyond its length; compared on resume.
+        item_seed (bool): Whether samplers hand out a seed with each index, made of run, pass and position,
+            so that augmentations repeat after a resume. Defaults to False.
 
     Attributes:
         store (ScoreStore): The scores.
@@ -55,6 +62,7 @@ class Pruner:
         seed: int = 0,
         shuffle: bool = True,
         fingerprint: str = "",
+        item_seed: bool = False,
     ) -> None:
         self.schedule = schedule
         self.policy = policy
@@ -63,6 +71,7 @@ class Pruner:
         self.seed = int(seed)
         self.shuffle = shuffle
         self.fingerprint = fingerprint
+        self.item_seed = item_seed
         self.store = ScoreStore(schedule.num_samples)
         self.plan: Plan | None = None
         self.pass_index = 0
@@ -171,16 +180,23 @@ class Pruner:
         self.visited = 0
         return entry
 
-    def start_at(self, pass_index: int, visited: int = 0) -> None:
-        """Go to a position of the schedule, with an empty plan.
+    def start_at(self, pass_index: int, share: float = 0.0) -> None:
+        """Go to a position of the schedule; a pass that is begun there is drawn anew.
+
+        The books are kept: :attr:`samples_seen` stays what it was.
 
         Args:
             pass_index (int): Passes that are done.
-            visited (int): Visits of the next one that count as done, a multiple of the batch size.
+            share (float): Share of the next one that counts as visited, in [0, 1); full batches of it.
         """
+        seen = self.samples_seen
         self._set_plan(None)
         self.pass_index = pass_index
-        self.visited = visited
+        self.visited = 0
+        if share and not self.finished:
+            visits = int(len(self.begin_pass()) * share)
+            self.visited = visits - visits % self.schedule.batch_size
+        self.visits_before += seen - self.samples_seen
 
     def observe(self, visits: int) -> None:
         """Count visits that a host makes by its own sampler, and book its passes."""
@@ -251,6 +267,7 @@ class Pruner:
             "fingerprint": self.fingerprint,
             "settings": self.policy.settings(),
             "batch_size": self.schedule.batch_size,
+            "schedule": {**self.schedule.settings(), "pass_samples": self.schedule.full_visits(self.pass_index)},
             "seed": self.seed,
             **self.store.state_dict(),
             "pass_index": self.pass_index,
@@ -274,6 +291,8 @@ class Pruner:
             ValueError: With both values, for a newer version, another data set or another policy, or if
                 the state is damaged.
         """
+        if not isinstance(state, Mapping):
+            raise _damaged(type(state).__name__)
         version = state.get("version")
         if not isinstance(version, int) or version > STATE_VERSION:
             raise ValueError(
@@ -283,6 +302,17 @@ class Pruner:
         for key in _STATE_KEYS:
             if key not in state:
                 raise _damaged(key)
+        for key in _COUNTS:
+            if not isinstance(state[key], int) or state[key] < 0:
+                raise _damaged(key)
+        for key in ("settings", "schedule"):
+            if not isinstance(state[key], Mapping):
+                raise _damaged(key)
+        if (loop := state["schedule"].get("loop")) != self.schedule.loop:
+            raise ValueError(
+                f"cannot resume: the checkpoint was trained by {loop}, this run trains by {self.schedule.loop}; use "
+                "the same kind of loop, or start a new run from its weights with load_from"
+            )
         if state["num_samples"] != self.schedule.num_samples:
             raise ValueError(
                 f"cannot resume: the checkpoint scores {state['num_samples']} samples, this data set has "
@@ -304,14 +334,22 @@ class Pruner:
             tensor = state[key]
             if not isinstance(tensor, Tensor) or tensor.shape != (self.schedule.num_samples,) or tensor.dtype != dtype:
                 raise _damaged(key)
+        if not bool(torch.isfinite(state["scores"]).all()):
+            raise _damaged("scores")
         if state["plan"] is not None:
             _check_plan(state["plan"], self.schedule.num_samples)
+        if not isinstance(state["history"], list) or len(state["history"]) > state["pass_index"]:
+            raise _damaged("history")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> bool:
         """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused.
 
-        With another batch size, or number of processes, the plan in flight is dropped: its pass is drawn
-        anew. Scores and books carry on; a schedule of iterations needs :meth:`start_at` to find its place.
+        Where a pass is of other batches than the one in flight was (another global batch size, another
+        ``drop_last``, a partial last pass of another length), it is drawn anew and the rest of it is visited;
+        a schedule of iterations then needs :meth:`start_at` to find its place. Scores and books carry on.
+
+        Returns:
+            bool: Whether the pass in flight goes on as it was planned.
         """
         self.check_state(state)
         if state["unmerged"]:
@@ -332,10 +370,14 @@ class Pruner:
         self.visited = int(state["visited"])
         self.visits_before = int(state["visits_before"])
         self.history = [dict(entry) for entry in state["history"]]
-        if state["batch_size"] != self.schedule.batch_size:
-            self.visits_before += self.visited
-            self.visited = 0
-            self._set_plan(None)
+        goes_on = (state["batch_size"], state["schedule"].get("pass_samples")) == (
+            self.schedule.batch_size,
+            self.schedule.full_visits(self.pass_index),
+        )
+        self.schedule.take_over(state["schedule"])
+        if not goes_on:
+            self.start_at(self.pass_index, self.visited / len(self.plan) if self.plan else 0.0)
+        return goes_on
 
     # ---- internals --------------------------------------------------------------------------------
 
@@ -366,8 +408,8 @@ def _damaged(key: str) -> ValueError:
     return ValueError(f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}; use another checkpoint")
 
 
-def _check_plan(plan: Mapping[str, Any], num_samples: int) -> None:
-    indices, weights = plan.get("indices"), plan.get("weights")
+def _check_plan(plan: Any, num_samples: int) -> None:
+    indices, weights = (plan.get(key) if isinstance(plan, Mapping) else None for key in ("indices", "weights"))
     if (
         not isinstance(indices, Tensor)
         or not isinstance(weights, Tensor)
@@ -376,5 +418,8 @@ def _check_plan(plan: Mapping[str, Any], num_samples: int) -> None:
         or indices.dtype != torch.int64
         or bool(((indices < 0) | (indices >= num_samples)).any())
         or not {"pruned", "threshold"} <= set(plan)
+        # every sample at most once, and none that weighs nothing
+        or len(indices) != torch.zeros(num_samples, dtype=torch.bool).index_fill_(0, indices, True).sum()
+        or not bool(((weights > 0) & torch.isfinite(weights)).all())
     ):
         raise _damaged("plan")

@@ -1,9 +1,10 @@
-"""State of the main process's random generators, as plain tensors and numbers."""
+"""The process's global random generators: their state as plain tensors and numbers, and seeds of single items."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,3 +33,24 @@ def restore(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def seeded(key: tuple[int, ...]) -> Iterator[None]:
+    """Draw from Python's, numpy's and torch's CPU generator under a seed made of ``key``, then put them back.
+
+    Args:
+        key (tuple[int, ...]): Non-negative numbers; equal keys give equal draws, in any process.
+    """
+    python, legacy, default = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seeds = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(int(seeds[1]))
+    # torch.manual_seed would seed the devices too, which are not put back.
+    torch.default_generator.manual_seed(int(seeds[2]))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(default)

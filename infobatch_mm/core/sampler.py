@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from . import rng
 from .pruner import Pruner
 
 # Indices become Python integers in blocks, so that a pass over 10**8 samples never holds them all.
@@ -18,6 +20,32 @@ _BLOCK = 1 << 16
 def stride(indices: Tensor, rank: int, world: int) -> Tensor:
     """Share of one process: every ``world``-th visit from ``rank`` on."""
     return indices[rank::world] if world > 1 else indices
+
+
+class SeededIndex(int):
+    """A sample index that carries the seed under which its item is to be read.
+
+    An integer to everything else: batch samplers, workers, other wrappers of the data set.
+
+    Attributes:
+        seed (tuple[int, ...]): Seed of the run, pass, position in the plan; for :func:`.rng.seeded`.
+    """
+
+    seed: tuple[int, ...]
+
+    def __new__(cls, index: int, seed: tuple[int, ...]) -> SeededIndex:
+        """An index with its seed."""
+        self = super().__new__(cls, index)
+        self.seed = seed
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[int, tuple[int, ...]]]:
+        return type(self), (int(self), self.seed)
+
+
+def item_seed(index: int) -> AbstractContextManager[None]:
+    """Where an index carries a seed, read its item under it; otherwise in the generators as they are."""
+    return rng.seeded(index.seed) if isinstance(index, SeededIndex) else nullcontext()
 
 
 class PlanSampler(Sampler[int]):
@@ -41,9 +69,17 @@ class PlanSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """Walk the rest of the pass; draws its plan if there is none in flight."""
-        indices = self._share(self.pruner.begin_pass().indices)[self.pruner.visited // self.world :]
+        pruner = self.pruner
+        start = pruner.visited // self.world
+        indices = self._share(pruner.begin_pass().indices)[start:]
         for block in indices.split(_BLOCK):
-            yield from block.tolist()
+            yield from self._with_seeds(block.tolist(), start) if pruner.item_seed else block.tolist()
+            start += len(block)
+
+    def _with_seeds(self, indices: list[int], start: int) -> Iterator[SeededIndex]:
+        run, current = self.pruner.seed, self.pruner.pass_index
+        for own_position, index in enumerate(indices, start):
+            yield SeededIndex(index, (run, current, own_position * self.world + self.rank))
 
     def __len__(self) -> int:
         """Visits of this process in the whole pass that is being walked or about to be.

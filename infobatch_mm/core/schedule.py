@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from .plan import Plan
 
@@ -23,8 +25,10 @@ class Schedule(ABC):
         total_samples (int): Progress S of the whole training, in samples of full data.
         num_passes (int): Number of passes; the last one may be partial.
         total_steps (int): Iterations of the unpruned run, hence steps of its per-iteration schedulers.
+        loop (str): What the host counts its training in, ``'epochs'`` or ``'iterations'``.
     """
 
+    loop: str
     total_samples: int
     num_passes: int
     total_steps: int
@@ -49,6 +53,14 @@ class Schedule(ABC):
         """
         before, after = self.steps_before(pass_index), self.steps_before(pass_index + 1)
         return after if batches == 0 else before + (after - before) * done // batches
+
+    def settings(self) -> dict[str, Any]:
+        """What a state says of its schedule, as plain numbers."""
+        return {"loop": self.loop, "total_steps": self.total_steps}
+
+    def take_over(self, settings: Mapping[str, Any]) -> None:
+        """Carry on from the schedule of a resumed run, whose :meth:`settings` these are."""
+        return None  # most have nothing to take over
 
     @abstractmethod
     def steps_before(self, pass_index: int) -> int:
@@ -80,19 +92,33 @@ class EpochSchedule(Schedule):
         batch_size (int): Global batch size B.
         epoch_batches (int, optional): Iterations of one unpruned epoch, as the host's loader counts them.
             Defaults to ceil(N / B).
+
+    Attributes:
+        pass_steps (int): Steps of the host's per-iteration schedulers in a pass: the iterations of an
+            unpruned epoch of the run that made them.
     """
+
+    loop = "epochs"
 
     def __init__(self, num_samples: int, num_epochs: int, batch_size: int, epoch_batches: int | None = None) -> None:
         super().__init__(num_samples, batch_size)
         if num_epochs < 1:
             raise ValueError(f"num_epochs={num_epochs}: the training needs at least one pass over the data")
         self._epoch_batches = math.ceil(num_samples / batch_size) if epoch_batches is None else epoch_batches
+        self.pass_steps = self._epoch_batches
         self.num_passes = num_epochs
         self.total_samples = num_epochs * num_samples
         self.total_steps = num_epochs * self._epoch_batches
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "pass_steps": self.pass_steps}
+
+    def take_over(self, settings: Mapping[str, Any]) -> None:
+        # Schedulers come out of a checkpoint with their own length: they go on in its unit.
+        self.pass_steps = int(settings.get("pass_steps", self.pass_steps))
+
     def steps_before(self, pass_index: int) -> int:
-        return min(pass_index, self.num_passes) * self._epoch_batches
+        return min(pass_index, self.num_passes) * self.pass_steps
 
     def fit(self, plan: Plan, pass_index: int) -> Plan:
         return plan
@@ -118,6 +144,8 @@ class IterSchedule(Schedule):
     Raises:
         ValueError: If a single batch is larger than the data set.
     """
+
+    loop = "iterations"
 
     def __init__(self, num_samples: int, max_iters: int, batch_size: int) -> None:
         super().__init__(num_samples, batch_size)

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info, master_only
-from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
+from ..core.distributed import require_equal
 from ..losses import LossWeigher, attach_views
+from . import process_state
+from .checkpoints import CheckpointGuard, check_resume_point
 from .loader import BatchIndices, IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
@@ -50,6 +54,9 @@ class InfoBatchHook(Hook):
         seed (int, optional): Seed of the draws. Defaults to the runner's.
         score_auxiliary (bool): Whether auxiliary heads count in a sample's score. They are weighed in any
             case. Defaults to False.
+        item_seed (bool): Whether every item is read under a seed of its own, made of the run's seed, pass and
+            position in the pass, so that augmentations repeat after a resume also in worker processes. The
+            host's random streams are then not those of the unpruned run. Defaults to False.
 
     Raises:
         ValueError: Before training starts, for arguments out of range and for configs that cannot be
@@ -72,11 +79,13 @@ class InfoBatchHook(Hook):
         seed: int | None = None,
         *,
         score_auxiliary: bool = False,
+        item_seed: bool = False,
     ) -> None:
         self._given = given(prune_ratio=prune_ratio, delta=delta, policy=policy)
         build_policy(**self._given)
         self._seed = seed
         self._score_auxiliary = score_auxiliary
+        self._item_seed = item_seed
         self._pruner: Pruner | None = None
         self._weigher = LossWeigher()
         self._pacer: SchedulerPacer | None = None
@@ -84,6 +93,7 @@ class InfoBatchHook(Hook):
         self._undo: list[Callable[[], None]] = []
         self._state: dict[str, Any] | None = None
         self._rng_before_val: dict[str, Any] | None = None
+        self._process_state: dict[str, Any] | None = None
         self._over = False
         self._warned_nothing_pruned = False
         self._started = time.perf_counter()
@@ -105,12 +115,13 @@ class InfoBatchHook(Hook):
             raise
 
     def _wire(self, runner: Any, loop: BaseLoop) -> None:
+        check_runner(runner)
+        check_resume_point(runner)
         policy = build_policy(**self._settings(loop.dataloader))
         if len(loop.dataloader.dataset) == 0:
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
 
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._undo.append(self._attach(runner, model, policy))
+        self._undo.append(self._attach(runner, process_state.bare_model(runner), policy))
         if isinstance(policy, NoPruning):
             loader = self._watch(loop)
         else:
@@ -120,22 +131,30 @@ class InfoBatchHook(Hook):
         seed = self._seed
         if seed is None:
             seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
-        self._pruner = Pruner(
-            self._schedule(loop, loader), policy, seed, getattr(sampler, "shuffle", True), fingerprint(dataset)
+        shuffle = getattr(sampler, "shuffle", True)
+        schedule = self._schedule(loop, loader)
+        self._pruner = Pruner(schedule, policy, seed, shuffle, fingerprint(dataset), self._item_seed)
+        require_equal(
+            num_samples=schedule.num_samples,
+            sample_names=self._pruner.fingerprint,
+            batch_size=schedule.batch_size,
+            seed=seed,
+            **policy.settings(),
+            **schedule.settings(),
         )
         if isinstance(sampler, InfoBatchSampler):
             sampler.bind(self._pruner)
             loop.pruner = self._pruner
             self._pacer = SchedulerPacer(runner, self._steps_due)
             self._undo.append(self._pacer.restore)
-        if runner.world_size > 1:
-            self._merge_before_saving(runner)
+        guard = CheckpointGuard(runner, partial(self._exchange, runner))
+        self._undo.append(guard.restore)
         if runner._resume:
             check_summary(runner.work_dir, self._pruner.summary())
         settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
         runner.logger.info(f"InfoBatch: {settings}, {self._pruner.schedule.num_samples} samples")
 
-    def _attach(self, runner: Any, model: Any, policy: PruningPolicy) -> Callable[[], None]:
+    def _attach(self, runner: Any, model: nn.Module, policy: PruningPolicy) -> Callable[[], None]:
         views = attach_views(model, self._weigher, self._score_auxiliary)
         if views.not_separable and not isinstance(policy, NoPruning):
             runner.logger.info(
@@ -213,24 +232,6 @@ class InfoBatchHook(Hook):
             return EpochSchedule(num_samples, loop.max_epochs, global_batch, epoch_batches)
         return IterSchedule(num_samples, loop.max_iters, global_batch)
 
-    def _merge_before_saving(self, runner: Any) -> None:
-        """Merge scores where all ranks come by: ``CheckpointHook`` is entered on each, the write is rank 0's."""
-        pruner = self._pruner
-        assert pruner is not None
-
-        def merging(save: Callable[..., None]) -> Callable[..., None]:
-            def merge_and_save(*args: Any, **kwargs: Any) -> None:
-                pruner.store.merge()
-                save(*args, **kwargs)
-
-            return merge_and_save
-
-        for hook in runner.hooks:
-            if isinstance(hook, CheckpointHook):
-                for name in ("_save_checkpoint", "_save_best_checkpoint"):
-                    setattr(hook, name, merging(getattr(hook, name)))
-                    self._undo.append(partial(delattr, hook, name))
-
     def after_run(self, runner: Any) -> None:
         """Give the wrapped objects of this run back to the host."""
         self._over = self._over or self._pruner is not None
@@ -247,8 +248,16 @@ class InfoBatchHook(Hook):
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Keep our state of a checkpoint until it is known whether it is resumed or only its weights are taken."""
         self._state = checkpoint.pop(STATE_KEY, None)
-        if self._state is not None and self._pruner is not None and runner._resume:
+        if self._pruner is None or not runner._resume:
+            return
+        if self._state is not None:
+            check_state(self._state)
             self._pruner.check_state(self._state["pruner"])
+        if "optimizer" not in checkpoint:
+            runner.logger.warning(
+                "InfoBatch: this checkpoint holds no optimizer and no schedulers, as those of save_best: momenta and "
+                "learning rates start anew; resume from one of CheckpointHook's interval to go on exactly"
+            )
 
     def before_train(self, runner: Any) -> None:
         """Continue where the checkpoint was written."""
@@ -260,31 +269,34 @@ class InfoBatchHook(Hook):
             return  # a new run, possibly from another's weights, or one that was interrupted and goes on
         if state is None:
             self._find_position(runner, runner.iter)
+            if self._pacer is not None:
+                self._pacer.taken = runner.iter
             self._pruner.visits_before = self._pruner.samples_full - self._pruner.visited
             runner.logger.warning(
                 f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
                 f"{self._pruner.pass_index + 1} of {self._pruner.schedule.num_passes}, which visits every sample"
             )
             return
-        self._pruner.load_state_dict(state["pruner"])
+        goes_on = self._pruner.load_state_dict(state["pruner"])
         self._time_before = float(state["wall_time_s"])
-        steps, batch_size = int(state["scheduler_steps"]), self._pruner.schedule.batch_size
-        if state["pruner"]["batch_size"] == batch_size:
-            if self._pacer is not None:
-                self._pacer.taken = steps
-        else:
-            seen = self._pruner.samples_seen
-            self._find_position(runner, steps)
-            self._pruner.visits_before += seen - self._pruner.samples_seen
+        steps, schedule = int(state["scheduler_steps"]), self._pruner.schedule
+        if self._pacer is not None:
+            self._pacer.taken = steps
+        if not goes_on:
+            before, batch_size = state["pruner"]["schedule"], state["pruner"]["batch_size"]
+            # Iterations are the host's measure there: as many samples as the batch now holds.
+            if isinstance(schedule, IterSchedule) and batch_size != schedule.batch_size:
+                self._find_position(runner, steps)
             runner.logger.warning(
-                f"InfoBatch: the checkpoint was written with a global batch of {state['pruner']['batch_size']}, this "
-                f"run has {batch_size}: the scores are kept, pass {self._pruner.pass_index + 1} is drawn anew"
+                f"InfoBatch: the checkpoint was written with a global batch of {batch_size} in a schedule of "
+                f"{before['total_steps']} iterations of full data, this run has {schedule.batch_size} and "
+                f"{schedule.total_steps}: the scores are kept, pass {self._pruner.pass_index + 1} is drawn anew, and "
+                "what is left of it visited"
             )
-        if self._pacer is None:  # the host's own loop starts an epoch anew and does not restore generators
-            if isinstance(self._pruner.schedule, EpochSchedule):
-                self._pruner.visited = 0
-        elif runner.world_size == 1:
-            rng.restore(state["rng"])
+        if self._pacer is not None:
+            process_state.restore(runner, state)
+        elif isinstance(schedule, EpochSchedule):
+            self._pruner.visited = 0  # the host's own loop starts an epoch anew
 
     def _find_position(self, runner: Any, steps: int) -> None:
         """Go to where the host's schedule stands after so many of its iterations."""
@@ -292,12 +304,13 @@ class InfoBatchHook(Hook):
         schedule = self._pruner.schedule
         if isinstance(schedule, EpochSchedule):
             self._pruner.start_at(runner.epoch)
-            steps = schedule.steps_before(runner.epoch)
         else:
             done, rest = divmod(steps * schedule.batch_size, schedule.num_samples)
-            self._pruner.start_at(done, rest - rest % schedule.batch_size)
-        if self._pacer is not None:
-            self._pacer.taken = steps
+            if self._pacer is None:
+                self._pruner.start_at(done)
+                self._pruner.observe(rest)
+            else:
+                self._pruner.start_at(done, rest / max(1, schedule.full_visits(done)))
 
     def before_val(self, runner: Any) -> None:
         """Keep validation out of the random streams: a run that resumes after it does not repeat it."""
@@ -307,16 +320,26 @@ class InfoBatchHook(Hook):
         """Go on with the generators as they were before validation."""
         if self._rng_before_val is not None:
             rng.restore(self._rng_before_val)
+            self._rng_before_val = None
+
+    def _exchange(self, runner: Any) -> None:
+        """Let rank 0 know what all processes hold, on all of them before a checkpoint is written."""
+        assert self._pruner is not None
+        self._pruner.store.merge()
+        self._process_state = process_state.capture(runner, self._rng_before_val)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Add our state, under one key, and renew the summary."""
         if self._pruner is None:
             return
+        processes, self._process_state = self._process_state, None
+        if processes is None:  # not by CheckpointHook, and so on this process only
+            processes = {"rng": [rng.capture()], "gradients": {}}
         checkpoint[STATE_KEY] = {
             "pruner": self._pruner.state_dict(),
             "scheduler_steps": 0 if self._pacer is None else self._pacer.taken,
             "wall_time_s": self._wall_time(),
-            "rng": rng.capture(),
+            **processes,
         }
         self._write_summary(runner)
 
@@ -455,6 +478,39 @@ class InfoBatchHook(Hook):
         pruner = self._pruner
         assert pruner is not None
         _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner, runner.train_dataloader.dataset))
+
+
+def check_runner(runner: Any) -> None:
+    """Refuse what shards the model or drives the run by other means than the hook can follow.
+
+    Raises:
+        ValueError: For another runner than MMEngine's ``Runner``, or a model wrapped otherwise than for data
+            parallelism.
+    """
+    if not isinstance(runner, Runner):
+        strategy = type(getattr(runner, "strategy", None)).__name__
+        raise ValueError(
+            f"{type(runner).__name__} with {strategy} is not supported: losses are weighed per sample on a whole "
+            "model; remove runner_type and strategy from the config to train with Runner and MMDistributedDataParallel"
+        )
+    if runner.world_size > 1 and not isinstance(runner.model, DistributedDataParallel):
+        raise ValueError(
+            f"the model wrapper {type(runner.model).__name__} is not supported: losses are weighed per sample on a "
+            "whole model; use model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
+        )
+
+
+def check_state(state: Any) -> None:
+    """Refuse the damaged entry of a checkpoint, as far as this hook has written it itself.
+
+    Raises:
+        ValueError: With what is missing.
+    """
+    for key in ("pruner", "scheduler_steps", "wall_time_s", "rng", "gradients"):
+        if not isinstance(state, dict) or key not in state:
+            raise ValueError(
+                f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}; use another checkpoint"
+            )
 
 
 def fingerprint(dataset: Any) -> str:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from ..core.sampler import item_seed
+
 #: Where data set wrappers of the hosts keep what they wrap.
 _INNER = ("dataset", "_dataset", "datasets")
 
@@ -143,8 +145,8 @@ class IndexedDataset:
         """Items of a batch as ``(index, replaced, item)``."""
         items = []
         for index in indices:
-            with _watch_replacement(self._leaves) as replaced:
-                item = self._wrapped[index]
+            with _watch_replacement(self._leaves) as replaced, item_seed(index):
+                item = self._wrapped[int(index)]
             items.append((int(index), bool(replaced), item))
         return items
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mmengine.hooks import ParamSchedulerHook
-from mmengine.optim import OptimWrapperDict
+
+from .process_state import optim_wrappers
 
 
 class SchedulerPacer:
@@ -62,8 +63,6 @@ def renew_max_iters(runner: Any, max_iters: int) -> None:
     """
     runner.train_loop._max_iters = max_iters
     runner.message_hub.update_info("max_iters", max_iters)
-    wrapper = runner.optim_wrapper
-    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
-    for single in wrappers:
+    for single in optim_wrappers(runner):
         single._max_counts = max_iters
         single._remainder_counts = max_iters % single._accumulative_counts
