@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,11 @@ class _WalkSampler(PlanSampler):
         self._weighed.zero_()
 
     def __iter__(self) -> Iterator[int]:
+        if self.world > 1 and any(frame.f_globals.get("__name__") == "accelerate.data_loader" for frame in _callers()):
+            raise ValueError(
+                f"accelerate shares this loader out among its {self.world} processes, but the sampler has done so "
+                "already: leave the loader out of prepare(), and move its batches to accelerator.device yourself"
+            )
         if self._walked or self._only_tail_left():
             self._end_pass()
         return self._walk()
@@ -258,12 +264,15 @@ class _WalkSampler(PlanSampler):
 
 def _reads_ahead() -> bool:
     """Whether a ``DataLoader`` with workers is asking, which it does before anything was used."""
-    frame = sys._getframe(1)
+    return any(frame.f_code.co_name == "_try_put_index" for frame in _callers())
+
+
+def _callers() -> Iterator[FrameType]:
+    """Who is asking, from the nearest on."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_try_put_index":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        yield frame
+        frame = frame.f_back
 
 
 class _IndexedItems(Dataset):

@@ -179,6 +179,11 @@ class InfoBatchHook(Hook):
         sampler = host_sampler(loop.dataloader)
         if isinstance(sampler, InfoBatchSampler):
             raise ValueError("policy='none' keeps the host's own sampler: remove InfoBatchSampler from the config")
+        if self._item_seed:
+            raise ValueError(
+                "policy='none' keeps the host's own random streams: remove item_seed=True, or use prune_ratio=0 for a "
+                "full-data baseline"
+            )
         iterator = getattr(loop, "dataloader_iterator", None)
         # Upstream's iteration loop has made its iterator by now: its workers may have drawn from the
         # sampler, and it has drawn a seed from the global generator that must not be drawn twice.

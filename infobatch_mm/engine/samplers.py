@@ -122,4 +122,9 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
         sampler = InfoBatchSampler(
             loader.dataset, shuffle=shuffle, seed=seed, round_up=getattr(sampler, "round_up", True)
         )
+    if not sampler.round_up and sampler.num_samples % sampler.world:
+        raise ValueError(
+            f"round_up=False gives {sampler.num_samples} samples to {sampler.world} processes unevenly: some would "
+            "wait for a step that others never make; use round_up=True"
+        )
     return IndexedLoader(loader, sampler, own_seed=seed)
