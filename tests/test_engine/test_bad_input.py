@@ -1,25 +1,38 @@
-"""One clear error before training starts."""
+"""One clear error before training starts: every row of docs/refusals.md."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("mmseg")
 
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATA_SAMPLERS, LOOPS
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import FlexibleRunner, IterBasedTrainLoop, Runner
 from mmseg.registry import DATASETS
-from torch.utils.data import BatchSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from infobatch_mm import InfoBatch
+from infobatch_mm.core import distributed, infobatch
+from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine import InfoBatchHook
+from infobatch_mm.engine.hook import check_runner
+from infobatch_mm.engine.samplers import InfoBatchSampler, pass_loader
 
+from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, config, train
+
+ROWS = re.findall(
+    r"^\| (.+?) \| `(.+)` \|$", (Path(__file__).parents[2] / "docs/refusals.md").read_text(), re.MULTILINE
+)
 
 
 @DATASETS.register_module(force=True)
@@ -56,96 +69,256 @@ class OddLoop(IterBasedTrainLoop):
     pass
 
 
-def two_hooks(cfg: Config) -> None:
-    cfg.custom_hooks = ONE_LINE * 2
+class ShardedModel(torch.nn.Module):
+    pass
 
 
-def iterable(cfg: Config) -> None:
-    cfg.train_dataloader.dataset = dict(type="StreamOfScenes")
-    cfg.train_dataloader.pop("sampler")
-    cfg.train_dataloader.sampler = None
+class Case:
+    """What a row has at hand to do wrong."""
+
+    def __init__(self, scenes: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.scenes = scenes
+        self.folder = folder
+        self.monkeypatch = monkeypatch
+
+    def train(self, spoil: Callable[[Config], None] = lambda cfg: None, **overrides: Any) -> None:
+        """Train a config with something wrong in it: not a step is made."""
+        cfg = config(self.scenes, overrides.pop("folder", self.folder), **overrides)
+        spoil(cfg)
+        runner = Runner.from_cfg(cfg)
+        try:
+            runner.train()
+        finally:
+            loop = runner._train_loop
+            assert isinstance(loop, dict) or loop.iter in (0, 16)  # where it was, a resumed run was at 16
+
+    def hooked(self, **arguments: Any) -> None:
+        self.train(custom_hooks=[dict(type="InfoBatchHook", **arguments)])
+
+    def resume(self, spoil: Callable[[dict[str, Any]], None] | None = None, **overrides: Any) -> None:
+        """Resume a run that was killed, after something was done to its state."""
+        self.trained()
+        if spoil is not None:
+            path = self.folder / "iter_16.pth"
+            checkpoint = torch.load(path, weights_only=False)
+            spoil(checkpoint["infobatch"]["pruner"])
+            torch.save(checkpoint, path)
+        self.train(resume=True, **overrides)
+
+    def trained(self, interval: int = 8) -> None:
+        """A run that was killed after iteration 17, with checkpoints at 8 and 16."""
+        cfg = config(self.scenes, self.folder)
+        cfg.default_hooks.checkpoint.interval = interval
+        with pytest.raises(Killed):
+            train(cfg, KillAt(17))
+
+    def as_rank_of(self, world: int) -> None:
+        """Seem to be the first of several processes, the others of which say seed 1."""
+
+        def gather(into: list[Any], own: dict[str, str]) -> None:
+            into[:] = [own] + [{**own, "seed": "1"}] * (world - 1)
+
+        for module in (distributed, infobatch):
+            self.monkeypatch.setattr(module, "world_size", lambda: world)
+        self.monkeypatch.setattr(distributed, "dist", SimpleNamespace(all_gather_object=gather))
 
 
-def empty(cfg: Config) -> None:
-    cfg.train_dataloader.dataset = dict(type="NoScenes")
+def set_to(path: str, **values: Any) -> Callable[[Config], None]:
+    def spoil(cfg: Config) -> None:
+        cfg.merge_from_dict({f"{path}.{key}": value for key, value in values.items()})
+
+    return spoil
 
 
-def batch_sampler(cfg: Config) -> None:
-    cfg.train_dataloader.batch_sampler = dict(type="OddBatchSampler")
+def flexible_runner(case: Case) -> None:
+    cfg = config(case.scenes, case.folder)
+    cfg.strategy = dict(type="SingleDeviceStrategy")
+    FlexibleRunner.from_cfg(cfg).train()
 
 
-def odd_sampler(cfg: Config) -> None:
-    cfg.train_dataloader.sampler = dict(type="OddSampler")
+def sharded_model(case: Case) -> None:
+    runner = Runner.from_cfg(config(case.scenes, case.folder))
+    runner._world_size, runner.model = 2, ShardedModel()
+    check_runner(runner)
 
 
-def odd_loop(cfg: Config) -> None:
-    cfg.train_cfg.type = "OddLoop"
+def uneven_processes(case: Case) -> None:
+    sampler = InfoBatchSampler(range(22), round_up=False)
+    sampler.world = 4
+    pass_loader(DataLoader(range(22), sampler=sampler), seed=0)
 
 
-def large_batch(cfg: Config) -> None:
-    cfg.train_dataloader.batch_size = 23
+def differing_processes(case: Case) -> None:
+    case.as_rank_of(2)
+    InfoBatch(10, 2)
 
 
-def elementwise(cfg: Config) -> None:
-    cfg.model.decode_head.loss_decode = dict(type="CrossEntropyLoss", reduction="none")
+def other_work_dir(case: Case) -> None:
+    case.trained()
+    checkpoint = str(case.folder / "iter_16.pth")
+    hooks = [dict(type="InfoBatchHook", prune_ratio=0.3, delta=0.75)]
+    case.train(custom_hooks=hooks, resume=True, load_from=checkpoint, folder=case.folder / "other")
 
 
-def contradiction(cfg: Config) -> None:
-    cfg.train_dataloader.sampler = dict(type="InfoBatchSampler", prune_ratio=0.3)
+def longer_data_set(case: Case) -> None:
+    more = draw_dataset(case.folder / "more", num_train=30, num_val=4, size=32)
+    case.trained()
+    (case.folder / "infobatch_summary.json").unlink()
+    case.scenes = more
+    case.train(resume=True)
 
 
-def none_with_our_sampler(cfg: Config) -> None:
-    cfg.train_dataloader.sampler = dict(type="InfoBatchSampler", policy="none")
-    cfg.custom_hooks = [dict(type="InfoBatchHook")]
+def renamed_data_set(case: Case) -> None:
+    renamed = draw_dataset(case.folder / "renamed", num_train=22, num_val=4, size=32)
+    for file in [*renamed.rglob("training/*.jpg"), *renamed.rglob("training/*.png")]:
+        file.rename(file.with_name("x" + file.name))
+    case.trained()
+    case.scenes = renamed
+    case.train(resume=True)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (two_hooks, "more than one InfoBatchHook"),
-        (iterable, "iterable data set"),
-        (empty, "empty"),
-        (batch_sampler, "batch sampler OddBatchSampler"),
-        (odd_sampler, "OddSampler"),
-        (odd_loop, "OddLoop"),
-        (large_batch, "23 samples.*22"),
-        (elementwise, r"decode_head\.loss_decode \(CrossEntropyLoss of FCNHead\) has reduction='none'"),
-        (contradiction, r"InfoBatchHook has prune_ratio=0\.5.*InfoBatchSampler has prune_ratio=0\.3"),
-        (none_with_our_sampler, "policy='none'"),
-    ],
-)
-def test_refused_before_training(scenes: Path, tmp_path: Path, spoil: Callable[[Config], None], message: str) -> None:
-    cfg = config(scenes, tmp_path)
-    spoil(cfg)
-    runner = Runner.from_cfg(cfg)
-    with pytest.raises(ValueError, match=message):
-        runner.train()
-    assert runner.iter == 0
+def nan_score(state: dict[str, Any]) -> None:
+    state["scores"][0] = float("nan")
+
+
+def newer(state: dict[str, Any]) -> None:
+    state["version"] = 99
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+def named_but_cut(case: Case) -> None:
+    case.trained()
+    case.train(resume=True, load_from=str(cut(case.folder / "iter_16.pth")))
+
+
+def named_but_missing(case: Case) -> None:
+    case.trained()
+    case.train(resume=True, load_from=str(case.folder / "iter_99.pth"))
+
+
+def latest_cut(case: Case) -> None:
+    case.trained(interval=16)
+    cut(case.folder / "iter_16.pth")
+    case.train(resume=True)
+
+
+def divided(case: Case) -> None:
+    case.as_rank_of(2)
+    InfoBatch(10, 2, batch_size=5)
+
+
+def left_out(case: Case) -> None:
+    pruned = InfoBatch(10, 4)
+    for index in pruned.sampler:
+        pruned.weigh(torch.tensor([float(index)]), [index])
+    skipped = set(range(10)) - set(pruned.sampler)
+    pruned.weigh(torch.ones(1), [skipped.pop()])
+
+
+def shared_out_twice(case: Case) -> None:
+    pruned = InfoBatch(10, 2)
+    pruned.sampler.world = 2
+    exec("iter(sampler)", {"__name__": "accelerate.data_loader", "sampler": pruned.sampler})
+
+
+def weigh(losses: Any, index: Any) -> None:
+    pruned = InfoBatch(10, 2)
+    list(pruned.sampler)
+    pruned.weigh(torch.tensor(losses), index)
+
+
+def by_ratio(ratio: float) -> list[dict[str, Any]]:
+    return [dict(type="InfoBatchHook", prune_ratio=ratio, delta=0.75)]
+
+
+CASES: dict[str, Callable[[Case], Any]] = {
+    "`prune_ratio=1.5`": lambda case: case.hooked(prune_ratio=1.5),
+    "`delta=0`": lambda case: case.hooked(delta=0),
+    "`policy='x'`": lambda case: case.hooked(policy="x"),
+    "`seed=-1`": lambda case: case.hooked(seed=-1),
+    "two hooks": lambda case: case.train(custom_hooks=ONE_LINE * 2),
+    "hook and sampler that differ": lambda case: case.train(
+        set_to("train_dataloader.sampler", type="InfoBatchSampler", prune_ratio=0.3)
+    ),
+    "`InfoBatchSampler` without a hook or loop": lambda case: case.train(
+        set_to("train_dataloader.sampler", type="InfoBatchSampler"), custom_hooks=[]
+    ),
+    "`policy='none'` and `InfoBatchSampler`": lambda case: case.train(
+        set_to("train_dataloader.sampler", type="InfoBatchSampler", policy="none"),
+        custom_hooks=[dict(type="InfoBatchHook")],
+    ),
+    "`policy='none'` and `item_seed=True`": lambda case: case.hooked(policy="none", item_seed=True),
+    "an empty data set (MMSegmentation's own raise an error of theirs first)": lambda case: case.train(
+        set_to("train_dataloader", dataset=dict(_delete_=True, type="NoScenes"))
+    ),
+    "an iterable data set": lambda case: case.train(
+        set_to("train_dataloader", dataset=dict(_delete_=True, type="StreamOfScenes"), sampler=None)
+    ),
+    "a batch sampler of the user's own": lambda case: case.train(
+        set_to("train_dataloader", batch_sampler=dict(type="OddBatchSampler"))
+    ),
+    "a sampler that repeats or weighs samples": lambda case: case.train(
+        set_to("train_dataloader.sampler", type="OddSampler")
+    ),
+    "a loop of the user's own": lambda case: case.train(set_to("train_cfg", type="OddLoop")),
+    "a global batch larger than the data set": lambda case: case.train(set_to("train_dataloader", batch_size=23)),
+    "`drop_last=True` and less than one batch": lambda case: case.train(
+        set_to("train_dataloader", batch_size=30, drop_last=True), **EPOCHS
+    ),
+    "a loss that gives no scalar": lambda case: case.train(
+        lambda cfg: cfg.model.decode_head.update(loss_decode=dict(type="CrossEntropyLoss", reduction="none"))
+    ),
+    "`round_up=False` where samples do not divide": uneven_processes,
+    "DeepSpeed, FSDP and other strategies of `FlexibleRunner`": flexible_runner,
+    "a model that is sharded by its wrapper": sharded_model,
+    "processes with another seed, data set or order of it": differing_processes,
+    "another ratio, δ or policy": lambda case: case.resume(custom_hooks=by_ratio(0.3)),
+    "the same, into another work dir": other_work_dir,
+    "a data set of another length": longer_data_set,
+    "a data set with other file names": renamed_data_set,
+    "the other kind of loop": lambda case: case.resume(**EPOCHS),
+    "a state of a newer package": lambda case: case.resume(newer),
+    "a state with a NaN score, a sample planned twice, a missing entry": lambda case: case.resume(nan_score),
+    "a named checkpoint that was cut short": named_but_cut,
+    "a named checkpoint that does not exist": named_but_missing,
+    "the latest was cut short, and it was the only one": latest_cut,
+    "`InfoBatch(0, 10)`": lambda case: InfoBatch(0, 10),
+    "`InfoBatch(10, 0)`": lambda case: InfoBatch(10, 0),
+    "`attach` of a data set of another length": lambda case: InfoBatch(10, 2).attach(range(11)),
+    "a batch size that does not divide among the processes": divided,
+    "`weigh` of a mean instead of losses per sample": lambda case: weigh(1.0, [0]),
+    "`weigh` with fewer indices than losses": lambda case: weigh([1.0, 2.0, 3.0], [0, 1]),
+    "indices as floats": lambda case: weigh([1.0], [0.0]),
+    "an index outside the data set": lambda case: weigh([1.0], [10]),
+    "an index that is not part of the pass": left_out,
+    "a loader that accelerate's `prepare` has shared out again": shared_out_twice,
+}
+
+
+def test_every_row_of_the_table_is_run() -> None:
+    assert [entry for entry, _ in ROWS] == list(CASES)
+
+
+@pytest.mark.parametrize(("entry", "message"), ROWS, ids=[entry for entry, _ in ROWS])
+def test_bad_input_is_refused_with_the_documented_message(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
+) -> None:
+    pattern = ".*".join(map(re.escape, message.split("...")))
+    with pytest.raises(ValueError, match=pattern):
+        CASES[entry](Case(scenes, tmp_path, monkeypatch))
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        dict(prune_ratio=1.5),
-        dict(prune_ratio=1.0),
-        dict(prune_ratio=-0.1),
-        dict(prune_ratio=float("nan")),
-        dict(delta=0.0),
-        dict(delta=1.2),
-        dict(policy="unknown"),
-    ],
+    [dict(prune_ratio=1.0), dict(prune_ratio=-0.1), dict(prune_ratio=float("nan")), dict(delta=1.2)],
 )
 def test_arguments_out_of_range_are_refused_with_their_value(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(arguments.values())))):
         InfoBatchHook(**arguments)
-
-
-def test_epoch_loop_without_a_batch_is_refused(scenes: Path, tmp_path: Path) -> None:
-    cfg = config(scenes, tmp_path, **EPOCHS)
-    cfg.train_dataloader.batch_size = 30
-    cfg.train_dataloader.drop_last = True
-    with pytest.raises(ValueError, match="no batch"):
-        train(cfg)
 
 
 def test_a_config_without_train_loop_is_one_clear_error(scenes: Path, tmp_path: Path) -> None:
@@ -164,10 +337,3 @@ def test_validation_and_test_ignore_the_hook(scenes: Path, tmp_path: Path) -> No
     runner = Runner.from_cfg(cfg)
     assert "mIoU" in runner.val()
     assert "mIoU" in runner.test()
-
-
-def test_unbound_sampler_says_what_it_needs(scenes: Path, tmp_path: Path) -> None:
-    cfg = config(scenes, tmp_path, custom_hooks=[])
-    cfg.train_dataloader.sampler = dict(type="InfoBatchSampler")
-    with pytest.raises(ValueError, match="InfoBatchHook"):
-        train(cfg)
