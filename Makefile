@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup ops demo demo-data test test-slow test-ops lint zoo clean
+.PHONY: help setup ops demo demo-data test test-slow test-ops faults lint zoo clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make demo       train a small segmentor without and with InfoBatch, and compare"
 	@echo "make demo-data  draw the demo's data set into data/demo"
 	@echo "make test       default test suite;  make test-slow: the long tests"
+	@echo "make faults     kill trainings and resume them, about a quarter of an hour"
 	@echo "make lint       ruff and mypy"
 	@echo "make zoo        weigh every method folder of MMSegmentation, about a quarter of an hour"
 	@echo "make ops        a second environment in $(OPS), with mmcv's operators compiled for the CPU and MMDetection;"
@@ -54,6 +55,9 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
+
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_engine/test_faults.py
 
 test-ops: $(OPS)/.installed
 	$(OPS)/bin/python -m pytest tests/test_losses

@@ -229,13 +229,14 @@ class _WalkSampler(PlanSampler):
     def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
         """Weigh and record one batch; see :meth:`InfoBatch.weigh`."""
         pruner, batch = self.pruner, len(index)
+        unweighted = losses
         real, padding = index, torch.zeros_like(index, dtype=torch.bool)
         if self.world > 1:  # only there does a plan need padding
             padding = index < 0
             real = torch.where(padding, -1 - index, index)
-        weights = torch.where(padding, 0.0, pruner.weights(real)).to(losses.device)
-        pruner.record(real, losses, valid=~padding.to(losses.device))
-        weighted = (weights * losses).mean() * self._tail_scale(batch)
+            losses = torch.where(padding.to(losses.device), 0.0, losses)  # a weight of 0 would keep a NaN
+        weighted = (pruner.weights(real).to(losses.device) * losses).mean() * self._tail_scale(batch)
+        pruner.record(index, unweighted)
         fresh = batch
         if index.device.type == "cpu":  # elsewhere a look would make the step wait
             # A second loss of the same batch (as some optimisers need) is no second visit.

@@ -53,7 +53,8 @@ class ScoreStore:
         """Take the losses of one batch as the new scores of its samples.
 
         Args:
-            indices (Tensor): Sample indices, shape ``(B,)``, int64, on any device.
+            indices (Tensor): Sample indices, shape ``(B,)``, int64, on any device. A negative one marks a
+                visit that only fills a batch up: neither recorded nor counted.
             losses (Tensor): Unweighted per-sample losses, shape ``(B,)``, on any device. Detached and
                 copied, as the other arguments are; the inputs are left alone.
             valid (Tensor, optional): Which of them are to be recorded at all, shape ``(B,)``, bool.
@@ -73,9 +74,9 @@ class ScoreStore:
         indices = _join(index_list).to(torch.int64)
         losses = _join(loss_list)
         valid = _join(valid_list)
-        finite = torch.isfinite(losses)
-        self._count(nonfinite=int((valid & ~finite).sum()), invalid=int((~valid).sum()))
-        usable = valid & finite
+        real, finite = indices >= 0, torch.isfinite(losses)
+        self._count(nonfinite=int((real & valid & ~finite).sum()), invalid=int((real & ~valid).sum()))
+        usable = real & valid & finite
         indices, losses = indices[usable], losses[usable]
         self._write(indices, losses)
         if world_size() > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ class CheckpointGuard:
 
     Args:
         runner (Runner): The runner, whose hooks are wrapped.
-        exchange (Callable): Called on every process before a checkpoint is written.
+        exchanged (Callable): Gives the context in which to save, entered on every process.
     """
 
-    def __init__(self, runner: Any, exchange: Callable[[], None]) -> None:
-        self._exchange = exchange
+    def __init__(self, runner: Any, exchanged: Callable[[], AbstractContextManager[None]]) -> None:
+        self._exchanged = exchanged
         self._hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
         for hook in self._hooks:
             for name in ("_save_checkpoint", "_save_best_checkpoint"):
@@ -33,11 +34,11 @@ class CheckpointGuard:
 
     def _guarded(self, hook: Any, save: Callable[..., None]) -> Callable[..., None]:
         def exchange_save_and_remove(*args: Any, **kwargs: Any) -> None:
-            self._exchange()
             backend = hook.file_backend
             hook.file_backend = late = _LateRemoval(backend)
             try:
-                save(*args, **kwargs)
+                with self._exchanged():
+                    save(*args, **kwargs)
             finally:
                 hook.file_backend = backend
             late.remove_except({hook.last_ckpt, *_best_checkpoints(hook)})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -147,8 +148,7 @@ class InfoBatchHook(Hook):
             loop.pruner = self._pruner
             self._pacer = SchedulerPacer(runner, self._steps_due)
             self._undo.append(self._pacer.restore)
-        guard = CheckpointGuard(runner, partial(self._exchange, runner))
-        self._undo.append(guard.restore)
+        self._undo.append(CheckpointGuard(runner, partial(self._exchanged, runner)).restore)
         if runner._resume:
             check_summary(runner.work_dir, self._pruner.summary())
         settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
@@ -273,49 +273,60 @@ class InfoBatchHook(Hook):
         if runner.iter == 0 or self._pruner.samples_seen:
             return  # a new run, possibly from another's weights, or one that was interrupted and goes on
         if state is None:
-            self._find_position(runner, runner.iter)
-            if self._pacer is not None:
-                self._pacer.taken = runner.iter
-            self._pruner.visits_before = self._pruner.samples_full - self._pruner.visited
-            runner.logger.warning(
-                f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
-                f"{self._pruner.pass_index + 1} of {self._pruner.schedule.num_passes}, which visits every sample"
-            )
-            return
-        goes_on = self._pruner.load_state_dict(state["pruner"])
-        self._time_before = float(state["wall_time_s"])
-        steps, schedule = int(state["scheduler_steps"]), self._pruner.schedule
+            self._start_without_scores(runner)
+        else:
+            self._go_on(runner, state)
+
+    def _start_without_scores(self, runner: Any) -> None:
+        """Take up a run that was not pruned so far."""
+        pruner = self._pruner
+        assert pruner is not None
+        if isinstance(pruner.schedule, EpochSchedule):
+            pruner.start_at(runner.epoch)
+        else:
+            self._find_position(runner.iter)
         if self._pacer is not None:
-            self._pacer.taken = steps
+            self._pacer.taken = runner.iter
+        pruner.visits_before = pruner.samples_full - pruner.visited
+        runner.logger.warning(
+            f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
+            f"{pruner.pass_index + 1} of {pruner.schedule.num_passes}, which visits every sample"
+        )
+
+    def _go_on(self, runner: Any, state: dict[str, Any]) -> None:
+        """Take up a run of ours."""
+        pruner = self._pruner
+        assert pruner is not None
+        goes_on = pruner.load_state_dict(state["pruner"])
+        self._time_before = float(state["wall_time_s"])
+        if self._pacer is not None:
+            self._pacer.taken = int(state["scheduler_steps"])
         if not goes_on:
-            before, batch_size = state["pruner"]["schedule"], state["pruner"]["batch_size"]
+            schedule, batch_size = pruner.schedule, state["pruner"]["batch_size"]
             # Iterations are the host's measure there: as many samples as the batch now holds.
             if isinstance(schedule, IterSchedule) and batch_size != schedule.batch_size:
-                self._find_position(runner, steps)
+                self._find_position(int(state["scheduler_steps"]))
             runner.logger.warning(
                 f"InfoBatch: the checkpoint was written with a global batch of {batch_size} in a schedule of "
-                f"{before['total_steps']} iterations of full data, this run has {schedule.batch_size} and "
-                f"{schedule.total_steps}: the scores are kept, pass {self._pruner.pass_index + 1} is drawn anew, and "
-                "what is left of it visited"
+                f"{state['pruner']['schedule']['total_steps']} iterations of full data, this run has "
+                f"{schedule.batch_size} and {schedule.total_steps}: the scores are kept, pass {pruner.pass_index + 1} "
+                "is drawn anew, and what is left of it visited"
             )
         if self._pacer is not None:
             process_state.restore(runner, state)
-        elif isinstance(schedule, EpochSchedule):
-            self._pruner.visited = 0  # the host's own loop starts an epoch anew
+        elif isinstance(pruner.schedule, EpochSchedule):
+            pruner.visited = 0  # the host's own loop starts an epoch anew
 
-    def _find_position(self, runner: Any, steps: int) -> None:
-        """Go to where the host's schedule stands after so many of its iterations."""
-        assert self._pruner is not None
-        schedule = self._pruner.schedule
-        if isinstance(schedule, EpochSchedule):
-            self._pruner.start_at(runner.epoch)
+    def _find_position(self, steps: int) -> None:
+        """Go to where a schedule of iterations stands after so many of them."""
+        pruner = self._pruner
+        assert pruner is not None
+        done, rest = divmod(steps * pruner.schedule.batch_size, pruner.schedule.num_samples)
+        if self._pacer is None:
+            pruner.start_at(done)
+            pruner.observe(rest)
         else:
-            done, rest = divmod(steps * schedule.batch_size, schedule.num_samples)
-            if self._pacer is None:
-                self._pruner.start_at(done)
-                self._pruner.observe(rest)
-            else:
-                self._pruner.start_at(done, rest / max(1, schedule.full_visits(done)))
+            pruner.start_at(done, rest / max(1, pruner.schedule.full_visits(done)))
 
     def before_val(self, runner: Any) -> None:
         """Keep validation out of the random streams: a run that resumes after it does not repeat it."""
@@ -327,19 +338,23 @@ class InfoBatchHook(Hook):
             rng.restore(self._rng_before_val)
             self._rng_before_val = None
 
-    def _exchange(self, runner: Any) -> None:
-        """Let rank 0 know what all processes hold, on all of them before a checkpoint is written."""
+    @contextmanager
+    def _exchanged(self, runner: Any) -> Iterator[None]:
+        """Let rank 0 know what all processes hold while it writes a checkpoint, or two."""
         assert self._pruner is not None
         self._pruner.store.merge()
         self._process_state = process_state.capture(runner, self._rng_before_val)
+        try:
+            yield
+        finally:
+            self._process_state = None
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Add our state, under one key, and renew the summary."""
         if self._pruner is None:
             return
-        processes, self._process_state = self._process_state, None
-        if processes is None:  # not by CheckpointHook, and so on this process only
-            processes = {"rng": [rng.capture()], "gradients": {}}
+        # Who saves otherwise than by CheckpointHook does so on this process only.
+        processes = self._process_state or process_state.capture(runner, self._rng_before_val, alone=True)
         checkpoint[STATE_KEY] = {
             "pruner": self._pruner.state_dict(),
             "scheduler_steps": 0 if self._pacer is None else self._pacer.taken,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from ..core import rng
 
 
-def capture(runner: Any, generators: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def capture(runner: Any, generators: Mapping[str, Any] | None = None, alone: bool = False) -> dict[str, Any]:
     """Generators of every process, and gradients on their way to the next update; every process must call it.
 
     Args:
         runner (Runner): The runner.
         generators (Mapping, optional): This process's generators. Defaults to their state by now.
+        alone (bool): Whether to speak of this process only, without the others. Defaults to False.
 
     Returns:
         dict: ``rng``, a list by rank, and ``gradients`` by parameter name: with several processes the mean
@@ -28,7 +29,7 @@ def capture(runner: Any, generators: Mapping[str, Any] | None = None) -> dict[st
     parameters = dict(bare_model(runner).named_parameters())
     accumulating = any(not wrapper.should_update() for wrapper in optim_wrappers(runner))
     names = [name for name, p in parameters.items() if accumulating and p.grad is not None]
-    if runner.world_size == 1:
+    if alone or runner.world_size == 1:
         return {"rng": [own], "gradients": {name: _gradient(parameters[name]).cpu() for name in names}}
     everyones = all_gather_object((own, names))
     gradients = {}
