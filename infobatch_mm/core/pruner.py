@@ -419,7 +419,7 @@ def _check_plan(plan: Any, num_samples: int) -> None:
         or bool(((indices < 0) | (indices >= num_samples)).any())
         or not {"pruned", "threshold"} <= set(plan)
         # every sample at most once, and none that weighs nothing
-        or len(indices) != torch.zeros(num_samples, dtype=torch.bool).index_fill_(0, indices, True).sum()
+        or len(indices) != torch.zeros(num_samples, dtype=torch.bool).index_fill_(0, indices.cpu(), True).sum()
         or not bool(((weights > 0) & torch.isfinite(weights)).all())
     ):
         raise _damaged("plan")
