@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 
 #: Where launchers tell a process which of how many it is.
 _LAUNCHERS = {
@@ -37,7 +38,7 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     cfg = Config.fromfile(args.config)
     cfg.launcher = args.launcher
-    if args.launcher != "none" and not torch.cuda.is_available():
+    if args.launcher != "none" and get_device() == "cpu":
         _start_on_cpu(cfg)
     before = cfg.get("data_root")
     if args.cfg_options is not None:
@@ -60,10 +61,15 @@ def _start_on_cpu(cfg: Config) -> None:
             f"--launcher {cfg.launcher}: this process was not started by it, {' and '.join(_LAUNCHERS[cfg.launcher])} "
             "are not set; see tools/dist_train.sh"
         )
+    if "MASTER_ADDR" not in os.environ and int(os.environ.get("SLURM_NNODES", 1)) > 1:
+        raise SystemExit("--launcher slurm on several machines without GPUs: set MASTER_ADDR to the first of them")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     torch.distributed.init_process_group("gloo", rank=int(rank), world_size=int(world))
-    cfg.merge_from_dict({"model_wrapper_cfg.device_ids": None})
+    if "model_wrapper_cfg" not in cfg:  # as the host wraps by itself
+        unused = cfg.get("find_unused_parameters", False)
+        cfg.model_wrapper_cfg = dict(broadcast_buffers=False, find_unused_parameters=unused)
+    cfg.model_wrapper_cfg.device_ids = None
 
 
 def _set_data_root(node: Any, before: str | None, root: str) -> None:

@@ -220,7 +220,7 @@ class _WalkSampler(PlanSampler):
     def _only_tail_left(self) -> bool:
         """Whether less than a batch is left of a pass: the tail that a ``drop_last`` loader drops."""
         pruner = self.pruner
-        return pruner.visited > 0 and len(pruner.begin_pass()) - pruner.visited < self.last_batch * self.world
+        return pruner.visited > 0 and len(pruner.begin_pass()) - pruner.visited < self.last_batch
 
     def _end_pass(self) -> None:
         self.pruner.finish_pass()
@@ -242,7 +242,7 @@ class _WalkSampler(PlanSampler):
             # A second loss of the same batch (as some optimisers need) is no second visit.
             fresh = batch - int((self._weighed[real] & ~padding).sum())
             self._weighed[real] = True
-        self.last_batch = batch
+        self.last_batch = batch * self.world  # over all processes: a state may go on with other ones
         pruner.advance(fresh * self.world)
         if pruner.pass_done:
             self._end_pass()

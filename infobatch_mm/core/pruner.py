@@ -21,7 +21,7 @@ STATE_VERSION = 1
 _STATE_KEYS = (
     *("version", "num_samples", "fingerprint", "settings", "batch_size", "schedule", "seed"),
     *("scores", "seen", "times_seen", "num_nonfinite", "num_invalid", "unmerged"),
-    *("pass_index", "visited", "visits_before", "plan", "history"),
+    *("pass_index", "visited", "visits_before", "full_before", "plan", "history"),
 )
 #: Of these, the numbers; none of them can be negative.
 _COUNTS = (
@@ -52,6 +52,8 @@ class Pruner:
         visited (int): Visits of the plan in flight that are done, over all processes.
         visits_before (int): Visits that no pass in :attr:`history` accounts for: those of a run that was not
             pruned so far, or of a pass that was drawn anew.
+        full_before (int): What the unpruned run would have made in their place, as far as it differs from what
+            the schedule says.
         history (list[dict]): One entry per finished pass: ``pass, kept, kept_ratio, threshold, score_mean``.
     """
 
@@ -77,6 +79,7 @@ class Pruner:
         self.pass_index = 0
         self.visited = 0
         self.visits_before = 0
+        self.full_before = 0
         self.history: list[dict[str, Any]] = []
         self._dense: dict[torch.device, Tensor] = {}
 
@@ -180,23 +183,28 @@ class Pruner:
         self.visited = 0
         return entry
 
-    def start_at(self, pass_index: int, share: float = 0.0) -> None:
+    def start_at(self, pass_index: int, done: int = 0, of: int = 1) -> None:
         """Go to a position of the schedule; a pass that is begun there is drawn anew.
 
-        The books are kept: :attr:`samples_seen` stays what it was.
+        The books are kept: :attr:`samples_seen` and :attr:`samples_full` stay what they were.
 
         Args:
             pass_index (int): Passes that are done.
-            share (float): Share of the next one that counts as visited, in [0, 1); full batches of it.
+            done (int): Of the next one the share ``done / of`` counts as visited, brought to full batches.
+            of (int): At least 1.
         """
-        seen = self.samples_seen
+        seen, full = self.samples_seen, self.samples_full
         self._set_plan(None)
         self.pass_index = pass_index
         self.visited = 0
-        if share and not self.finished:
-            visits = int(len(self.begin_pass()) * share)
-            self.visited = visits - visits % self.schedule.batch_size
+        self.history = [entry for entry in self.history if entry["pass"] < pass_index]
+        if done and not self.finished:
+            visits, batch = len(self.begin_pass()), self.schedule.batch_size
+            nearest = (2 * visits * done + batch * of) // (2 * batch * of)
+            # What is begun but not done has a batch left: better one twice than one never.
+            self.visited = max(0, min(nearest, visits // batch - (done < of))) * batch
         self.visits_before += seen - self.samples_seen
+        self.full_before += full - self.samples_full
 
     def observe(self, visits: int) -> None:
         """Count visits that a host makes by its own sampler, and book its passes."""
@@ -224,7 +232,7 @@ class Pruner:
     @property
     def samples_full(self) -> int:
         """Visits that the unpruned run would have made at the same progress."""
-        full = sum(self.schedule.full_visits(p) for p in range(self.pass_index))
+        full = self.full_before + sum(self.schedule.full_visits(p) for p in range(self.pass_index))
         if self.plan is None:
             return full + self.visited
         return full + self.schedule.full_visits(self.pass_index) * self.visited // max(1, len(self.plan))
@@ -273,6 +281,7 @@ class Pruner:
             "pass_index": self.pass_index,
             "visited": self.visited,
             "visits_before": self.visits_before,
+            "full_before": self.full_before,
             "plan": None
             if plan is None
             else {
@@ -292,7 +301,7 @@ class Pruner:
                 the state is damaged.
         """
         if not isinstance(state, Mapping):
-            raise _damaged(type(state).__name__)
+            raise damaged(type(state).__name__)
         version = state.get("version")
         if not isinstance(version, int) or version > STATE_VERSION:
             raise ValueError(
@@ -301,13 +310,13 @@ class Pruner:
             )
         for key in _STATE_KEYS:
             if key not in state:
-                raise _damaged(key)
+                raise damaged(key)
         for key in _COUNTS:
             if not isinstance(state[key], int) or state[key] < 0:
-                raise _damaged(key)
+                raise damaged(key)
         for key in ("settings", "schedule"):
             if not isinstance(state[key], Mapping):
-                raise _damaged(key)
+                raise damaged(key)
         if (loop := state["schedule"].get("loop")) != self.schedule.loop:
             raise ValueError(
                 f"cannot resume: the checkpoint was trained by {loop}, this run trains by {self.schedule.loop}; use "
@@ -333,13 +342,13 @@ class Pruner:
         for key, dtype in (("scores", torch.float32), ("seen", torch.bool), ("times_seen", torch.int32)):
             tensor = state[key]
             if not isinstance(tensor, Tensor) or tensor.shape != (self.schedule.num_samples,) or tensor.dtype != dtype:
-                raise _damaged(key)
+                raise damaged(key)
         if not bool(torch.isfinite(state["scores"]).all()):
-            raise _damaged("scores")
+            raise damaged("scores")
         if state["plan"] is not None:
             _check_plan(state["plan"], self.schedule.num_samples)
         if not isinstance(state["history"], list) or len(state["history"]) > state["pass_index"]:
-            raise _damaged("history")
+            raise damaged("history")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> bool:
         """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused.
@@ -369,6 +378,7 @@ class Pruner:
         )
         self.visited = int(state["visited"])
         self.visits_before = int(state["visits_before"])
+        self.full_before = int(state["full_before"])
         self.history = [dict(entry) for entry in state["history"]]
         goes_on = (state["batch_size"], state["schedule"].get("pass_samples")) == (
             self.schedule.batch_size,
@@ -376,7 +386,7 @@ class Pruner:
         )
         self.schedule.take_over(state["schedule"])
         if not goes_on:
-            self.start_at(self.pass_index, self.visited / len(self.plan) if self.plan else 0.0)
+            self.start_at(self.pass_index, *(0, 1) if self.plan is None else (self.visited, len(self.plan)))
         return goes_on
 
     # ---- internals --------------------------------------------------------------------------------
@@ -404,7 +414,8 @@ def _first(indices: Tensor, where: Tensor) -> int:
     return int(indices[where][0])
 
 
-def _damaged(key: str) -> ValueError:
+def damaged(key: str) -> ValueError:
+    """The refusal of a state in which an entry is missing or makes no sense."""
     return ValueError(f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}; use another checkpoint")
 
 
@@ -422,4 +433,4 @@ def _check_plan(plan: Any, num_samples: int) -> None:
         or len(indices) != torch.zeros(num_samples, dtype=torch.bool).index_fill_(0, indices.cpu(), True).sum()
         or not bool(((weights > 0) & torch.isfinite(weights)).all())
     ):
-        raise _damaged("plan")
+        raise damaged("plan")

@@ -60,7 +60,7 @@ class Schedule(ABC):
 
     def take_over(self, settings: Mapping[str, Any]) -> None:
         """Carry on from the schedule of a resumed run, whose :meth:`settings` these are."""
-        return None  # most have nothing to take over
+        return None  # an iteration is one in any schedule of iterations
 
     @abstractmethod
     def steps_before(self, pass_index: int) -> int:

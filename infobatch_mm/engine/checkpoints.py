@@ -1,36 +1,52 @@
-"""Around the host's checkpoints: what comes before one is written, and which one can be resumed."""
+"""Around the host's checkpoints: how one is written, and which one can be resumed."""
 
 from __future__ import annotations
 
+import os
+import re
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import find_latest_checkpoint
 
+from ..core.pruner import damaged
+
+_UNFINISHED = ".unfinished"
+# Checkpoints of save_best hold no optimizer, published ones (their name ends in a hash) nothing but weights.
+_NO_RESUME_POINT = re.compile(r"best_.*|.*-[0-9a-f]{8}\.pth")
+
 
 class CheckpointGuard:
-    """Wraps the ``CheckpointHook`` instances of a run.
+    """Wraps the saving of checkpoints of a run.
 
     ``CheckpointHook`` enters saving on every process and only the write is rank 0's: the one place where
     processes can exchange what the checkpoint shall hold. And it removes an outdated checkpoint before it
-    writes the next: killed in between, a run that keeps one would have none. Here removal waits until the
-    next one is written.
+    writes the next, and writes some in place of themselves: killed in between, a run would have none. Here
+    removal waits until the next one is written, and a file gets its name when it is whole.
 
     Args:
-        runner (Runner): The runner, whose hooks are wrapped.
+        runner (Runner): The runner; its ``save_checkpoint`` and that of its hooks are wrapped.
         exchanged (Callable): Gives the context in which to save, entered on every process.
     """
 
     def __init__(self, runner: Any, exchanged: Callable[[], AbstractContextManager[None]]) -> None:
         self._exchanged = exchanged
-        self._hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-        for hook in self._hooks:
-            for name in ("_save_checkpoint", "_save_best_checkpoint"):
-                setattr(hook, name, self._guarded(hook, getattr(hook, name)))
+        self._wrapped: list[tuple[Any, str]] = []
+        self._wrap(runner, "save_checkpoint", _finished(runner.save_checkpoint))
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                self._wrap(hook, "_save_checkpoint", self._guarded(hook, hook._save_checkpoint))
+                if hook.save_best:
+                    self._wrap(hook, "_save_best_checkpoint", self._guarded(hook, hook._save_best_checkpoint))
+
+    def _wrap(self, owner: Any, name: str, wrapper: Callable[..., None]) -> None:
+        setattr(owner, name, wrapper)
+        self._wrapped.append((owner, name))
 
     def _guarded(self, hook: Any, save: Callable[..., None]) -> Callable[..., None]:
         def exchange_save_and_remove(*args: Any, **kwargs: Any) -> None:
@@ -46,9 +62,27 @@ class CheckpointGuard:
         return exchange_save_and_remove
 
     def restore(self) -> None:
-        """Give the hooks their own methods back."""
-        for hook in self._hooks:
-            del hook._save_checkpoint, hook._save_best_checkpoint
+        """Give runner and hooks their own methods back."""
+        for owner, name in self._wrapped:
+            delattr(owner, name)
+
+
+def _finished(save: Callable[..., None]) -> Callable[..., None]:
+    """Save under another name, and rename what is on disk to its end."""
+
+    def save_checkpoint(out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        if "://" in str(out_dir):  # not a folder
+            return save(out_dir, filename, *args, **kwargs)
+        unfinished = Path(out_dir, filename + _UNFINISHED)
+        try:
+            save(out_dir, filename + _UNFINISHED, *args, **kwargs)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)  # half of a checkpoint only takes room
+            raise
+        if is_main_process():
+            os.replace(unfinished, Path(out_dir, filename))
+
+    return save_checkpoint
 
 
 class _LateRemoval:
@@ -81,32 +115,50 @@ def _best_checkpoints(hook: Any) -> list[str]:
 def check_resume_point(runner: Any) -> None:
     """Look at the checkpoint that a runner is about to resume, before any time is spent.
 
-    Where the runner is to find the latest by itself and that one is missing or was cut short by a kill, it
-    is pointed to the newest whole one.
+    Where the runner is to find the latest by itself and that one is missing or was cut short, it is pointed
+    to the newest whole one. Rank 0 looks for all: files may appear late, or not at all, to the others.
 
     Raises:
-        ValueError: For a named checkpoint that is missing or damaged, or if there is no whole one left.
+        ValueError: On every process, for a named checkpoint that is missing or damaged, or if there is no
+            whole one left.
     """
     if not runner._resume or runner._has_loaded:
         return
+    found = [_resume_point(runner) if is_main_process() else None]
+    broadcast_object_list(found)
+    assert found[0] is not None
+    path, message = found[0]
+    if path is None and message:
+        raise ValueError(message)
+    if message:
+        runner.logger.warning(message)
+    runner._load_from = path
+
+
+def _resume_point(runner: Any) -> tuple[str | None, str]:
+    """What to resume, None for nothing, and what there is to say: a refusal where nothing was found."""
     named = runner._load_from
     path = named if named is not None else find_latest_checkpoint(runner.work_dir)
     if path is None or "://" in path or (path and is_whole(path)):
-        return
-    # save_best writes checkpoints without an optimiser
-    others = [p for p in Path(runner.work_dir).glob("*.pth") if not p.name.startswith("best_") and is_whole(p)]
-    newest = max(others, key=lambda p: p.stat().st_mtime_ns, default=None)
+        return path, ""
     state = "is damaged or was cut short" if path and Path(path).exists() else "does not exist"
+    folders = {Path(runner.work_dir), *([Path(path).parent] if path else [])}
+    others = [
+        other
+        for folder in folders
+        for other in folder.glob("*.pth")
+        if not _NO_RESUME_POINT.fullmatch(other.name) and is_whole(other)
+    ]
+    newest = max(others, key=lambda other: other.stat().st_mtime_ns, default=None)
     if named is not None:
         hint = "use another checkpoint" if newest is None else f"{newest} is whole"
-        raise ValueError(f"cannot resume: {path} {state}; {hint}")
+        return None, f"cannot resume: {path} {state}; {hint}"
     if newest is None:
-        raise ValueError(
+        return None, (
             f"cannot resume: the latest checkpoint {path!r} {state}, and {runner.work_dir} has no other; remove its "
             "file last_checkpoint to begin anew"
         )
-    runner.logger.warning(f"InfoBatch: the latest checkpoint {path!r} {state}; resuming from {newest}")
-    runner._load_from = str(newest)
+    return str(newest), f"InfoBatch: the latest checkpoint {path!r} {state}; resuming from {newest}"
 
 
 def is_whole(path: str | Path) -> bool:
@@ -114,7 +166,26 @@ def is_whole(path: str | Path) -> bool:
     try:
         with open(path, "rb") as file:
             # Files of torch's older format carry no directory: nothing can be said against them.
-            start = file.read(2)
-            return start not in (b"", b"PK") or zipfile.is_zipfile(file)
+            return file.read(2) == b"\x80\x02" or zipfile.is_zipfile(file)
     except OSError:
         return False
+
+
+def check_state(state: Any) -> None:
+    """Refuse the damaged entry of a checkpoint, as far as the hook has written it itself.
+
+    Raises:
+        ValueError: With what is missing.
+    """
+    kinds = {
+        "pruner": dict,
+        "scheduler_steps": int,
+        "wall_time_s": float,
+        "rng": list,
+        "buffers": list,
+        "gradients": dict,
+        "inner_counts": list,
+    }
+    for key, kind in kinds.items():
+        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
+            raise damaged(key)

@@ -15,6 +15,7 @@ from mmengine.dist import get_dist_info, master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.utils import apply_to
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy
 from ..core.distributed import require_equal
 from ..losses import LossWeigher, attach_views
 from . import process_state
-from .checkpoints import CheckpointGuard, check_resume_point
+from .checkpoints import CheckpointGuard, check_resume_point, check_state
 from .loader import BatchIndices, IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
@@ -252,7 +253,8 @@ class InfoBatchHook(Hook):
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Keep our state of a checkpoint until it is known whether it is resumed or only its weights are taken."""
-        self._state = checkpoint.pop(STATE_KEY, None)
+        # The host loads onto the device; there it would lie beside the model until the training begins.
+        self._state = apply_to(checkpoint.pop(STATE_KEY, None), torch.is_tensor, lambda tensor: tensor.cpu())
         if self._pruner is None or not runner._resume:
             return
         if self._state is not None:
@@ -270,6 +272,7 @@ class InfoBatchHook(Hook):
             return
         self._started = time.perf_counter()
         state, self._state = self._state, None
+        require_equal(iteration=runner.iter)
         if runner.iter == 0 or self._pruner.samples_seen:
             return  # a new run, possibly from another's weights, or one that was interrupted and goes on
         if state is None:
@@ -281,12 +284,17 @@ class InfoBatchHook(Hook):
         """Take up a run that was not pruned so far."""
         pruner = self._pruner
         assert pruner is not None
-        if isinstance(pruner.schedule, EpochSchedule):
+        schedule = pruner.schedule
+        if isinstance(schedule, EpochSchedule):
             pruner.start_at(runner.epoch)
+            if runner.epoch and not 0 <= runner.iter - schedule.steps_before(runner.epoch) < schedule.pass_steps:
+                # Epochs were of other batches; the schedulers come out of the checkpoint with their length.
+                schedule.pass_steps = runner.iter // runner.epoch
         else:
             self._find_position(runner.iter)
         if self._pacer is not None:
             self._pacer.taken = runner.iter
+        pruner.full_before = 0
         pruner.visits_before = pruner.samples_full - pruner.visited
         runner.logger.warning(
             f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
@@ -304,8 +312,8 @@ class InfoBatchHook(Hook):
         if not goes_on:
             schedule, batch_size = pruner.schedule, state["pruner"]["batch_size"]
             # Iterations are the host's measure there: as many samples as the batch now holds.
-            if isinstance(schedule, IterSchedule) and batch_size != schedule.batch_size:
-                self._find_position(int(state["scheduler_steps"]))
+            if isinstance(schedule, IterSchedule):
+                self._find_position(runner.iter if self._pacer is None else self._pacer.taken)
             runner.logger.warning(
                 f"InfoBatch: the checkpoint was written with a global batch of {batch_size} in a schedule of "
                 f"{state['pruner']['schedule']['total_steps']} iterations of full data, this run has "
@@ -322,11 +330,11 @@ class InfoBatchHook(Hook):
         pruner = self._pruner
         assert pruner is not None
         done, rest = divmod(steps * pruner.schedule.batch_size, pruner.schedule.num_samples)
-        if self._pacer is None:
+        if self._pacer is None:  # the host's own sampler has no plan
             pruner.start_at(done)
-            pruner.observe(rest)
+            pruner.visited = min(rest, pruner.schedule.full_visits(done))
         else:
-            pruner.start_at(done, rest / max(1, pruner.schedule.full_visits(done)))
+            pruner.start_at(done, rest, max(1, pruner.schedule.full_visits(done)))
 
     def before_val(self, runner: Any) -> None:
         """Keep validation out of the random streams: a run that resumes after it does not repeat it."""
@@ -397,6 +405,7 @@ class InfoBatchHook(Hook):
         """Look up the weights of the batch."""
         if self._pruner is None:
             return
+        self._rng_before_val = None  # also where a validation was interrupted
         # Taken here and kept: another hook may walk the loader before the step is over.
         self._batch = runner.train_dataloader.current
         indices = self._batch.indices
@@ -419,12 +428,13 @@ class InfoBatchHook(Hook):
         if bool(replaced.any()):
             valid = valid & ~replaced.to(valid.device)
         pruner.record(indices, scores, valid)
-        visits = len(indices) * runner.world_size
         if self._pacer is not None:
-            pruner.advance(visits)
+            pruner.advance(len(indices) * runner.world_size)
         else:
-            passes = pruner.pass_index
-            pruner.observe(visits)
+            passes, schedule = pruner.pass_index, pruner.schedule
+            # All processes must find the end of a pass in the same iteration, whose batches may differ in size.
+            left = schedule.full_visits(passes) - pruner.visited
+            pruner.observe(min(schedule.batch_size, left) if schedule.loop == "epochs" else schedule.batch_size)
             if pruner.pass_index > passes:
                 self._log_pass(runner)
 
@@ -518,19 +528,6 @@ def check_runner(runner: Any) -> None:
             f"the model wrapper {type(runner.model).__name__} is not supported: losses are weighed per sample on a "
             "whole model; use model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
         )
-
-
-def check_state(state: Any) -> None:
-    """Refuse the damaged entry of a checkpoint, as far as this hook has written it itself.
-
-    Raises:
-        ValueError: With what is missing.
-    """
-    for key in ("pruner", "scheduler_steps", "wall_time_s", "rng", "gradients"):
-        if not isinstance(state, dict) or key not in state:
-            raise ValueError(
-                f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}; use another checkpoint"
-            )
 
 
 def fingerprint(dataset: Any) -> str:

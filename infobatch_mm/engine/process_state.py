@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from mmengine.dist import all_gather_object, all_reduce
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
@@ -14,7 +16,7 @@ from ..core import rng
 
 
 def capture(runner: Any, generators: Mapping[str, Any] | None = None, alone: bool = False) -> dict[str, Any]:
-    """Generators of every process, and gradients on their way to the next update; every process must call it.
+    """What each process has of its own, and gradients on their way to the next update; every process must call it.
 
     Args:
         runner (Runner): The runner.
@@ -22,32 +24,55 @@ def capture(runner: Any, generators: Mapping[str, Any] | None = None, alone: boo
         alone (bool): Whether to speak of this process only, without the others. Defaults to False.
 
     Returns:
-        dict: ``rng``, a list by rank, and ``gradients`` by parameter name: with several processes the mean
-        of theirs, which is what the update is made of.
+        dict: ``rng`` and ``buffers``, lists by rank, the latter of what differs from rank 0's; ``gradients``
+        by parameter name, with several processes the mean of theirs, which is what the update is made of;
+        ``inner_counts`` of the optimiser wrappers, by which they know when to update.
     """
-    own = rng.capture() if generators is None else generators
-    parameters = dict(bare_model(runner).named_parameters())
-    accumulating = any(not wrapper.should_update() for wrapper in optim_wrappers(runner))
+    model, wrappers = bare_model(runner), optim_wrappers(runner)
+    parameters = dict(model.named_parameters())
+    accumulating = any(not wrapper.should_update() for wrapper in wrappers)
     names = [name for name, p in parameters.items() if accumulating and p.grad is not None]
+    own = rng.capture() if generators is None else generators
+    state: dict[str, Any] = {"inner_counts": [wrapper._inner_count for wrapper in wrappers]}
     if alone or runner.world_size == 1:
-        return {"rng": [own], "gradients": {name: _gradient(parameters[name]).cpu() for name in names}}
-    everyones = all_gather_object((own, names))
+        gradients = {name: _gradient(parameters[name]).cpu() for name in names}
+        return {**state, "rng": [own], "buffers": [{}], "gradients": gradients}
+    # The host's default keeps the buffers of BatchNorm apart. Few differ, and those that do are small.
+    buffers = dict(model.named_buffers())
+    digests = {name: _digest(buffer) for name, buffer in buffers.items()}
+    everyones = all_gather_object((own, names, digests))
+    first = everyones[0][2]
+    differing = {name: buffers[name].detach().cpu() for name in buffers if digests[name] != first.get(name)}
     gradients = {}
     # A parameter that some process has no gradient for is one that all must talk about.
-    for name in sorted({name for _, theirs in everyones for name in theirs}):
+    for name in sorted({name for _, theirs, _ in everyones for name in theirs}):
         gradients[name] = _gradient(parameters[name])
         all_reduce(gradients[name], op="mean")
         gradients[name] = gradients[name].cpu()
-    return {"rng": [generators for generators, _ in everyones], "gradients": gradients}
+    return {
+        **state,
+        "rng": [generators for generators, _, _ in everyones],
+        "buffers": all_gather_object(differing),
+        "gradients": gradients,
+    }
 
 
 def restore(runner: Any, state: Mapping[str, Any]) -> None:
-    """Put back what :func:`capture` found; generators only on as many processes as they are of."""
-    parameters = dict(bare_model(runner).named_parameters())
+    """Put back what :func:`capture` found; what processes have of their own only on as many of them."""
+    model, wrappers = bare_model(runner), optim_wrappers(runner)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     for name, gradient in state["gradients"].items():
-        parameters[name].grad = gradient.to(parameters[name])
+        # As the host, go on with a model of which parts were renamed.
+        if name in parameters and parameters[name].shape == gradient.shape:
+            parameters[name].grad = gradient.to(parameters[name])
+    if len(state["inner_counts"]) == len(wrappers):
+        for wrapper, count in zip(wrappers, state["inner_counts"], strict=True):
+            wrapper._inner_count = count
     if len(state["rng"]) == runner.world_size:
         rng.restore(state["rng"][runner.rank])
+        for name, buffer in state["buffers"][runner.rank].items():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffers[name].copy_(buffer)
 
 
 def bare_model(runner: Any) -> nn.Module:
@@ -64,3 +89,7 @@ def optim_wrappers(runner: Any) -> list[Any]:
 def _gradient(parameter: nn.Parameter) -> Tensor:
     """A copy of the gradient, 0 where there is none."""
     return parameter.new_zeros(parameter.shape) if parameter.grad is None else parameter.grad.detach().clone()
+
+
+def _digest(buffer: Tensor) -> int:
+    return zlib.crc32(buffer.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

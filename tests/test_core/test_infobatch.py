@@ -758,3 +758,17 @@ def test_summary_is_not_the_book_itself():
     train(infobatch, loader, 0)
     infobatch.summary()["per_pass"].clear()
     assert infobatch.summary()["per_pass"][0]["kept"] == 10
+
+
+def test_resumed_on_more_processes_a_pass_is_finished(monkeypatch: pytest.MonkeyPatch):
+    # What was left was one global batch: not a tail that a loader dropped.
+    alone = InfoBatch(64, 3, batch_size=8)
+    walk = iter(alone.sampler)
+    for _ in range(7):
+        index = [next(walk) for _ in range(8)]
+        alone.weigh(torch.ones(8), index)
+    monkeypatch.setattr("infobatch_mm.core.infobatch.world_size", lambda: 2)
+    first = InfoBatch(64, 3, batch_size=8)
+    first.load_state_dict(alone.state_dict())
+    assert len(list(first.sampler)) == 4
+    assert first.summary()["passes_done"] == 0

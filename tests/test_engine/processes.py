@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,7 +20,12 @@ from mmengine.runner import Runner
 
 # A server that has imported everything forks the processes: they start in a moment.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["mmseg.models", "mmseg.datasets", "mmseg.evaluation", "infobatch_mm.engine"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("mmseg.models", "mmseg.datasets", "mmseg.evaluation", "infobatch_mm.engine"),
+        *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "torch._dynamo"),  # what they import late
+    ]
+)
 
 #: Batch-independent normalisation: several ranks then compute what one would.
 GROUP_NORM = {
@@ -32,7 +38,7 @@ GROUP_NORM = {
 class Journal(Hook):
     """Writes one line for every iteration that was done, at once: a kill loses none."""
 
-    priority = "LOWEST"
+    priority = 80  # before CheckpointHook: an iteration that a checkpoint holds has its line
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -94,13 +100,24 @@ class Run:
         path = self._file("output", rank)
         return path.read_text() if path.exists() else ""
 
-    def kill_after(self, iterations: int, delay: float = 0.0, how: int = signal.SIGKILL) -> None:
-        """Kill all ranks once rank 0 has done so many iterations, ``delay`` seconds later."""
-        while len(self.journal()) < iterations and self.processes[0].is_alive():
+    def reach(self, iterations: int) -> None:
+        """Wait until rank 0 has done the run's iteration of that number, or ended."""
+        while self.processes[0].is_alive() and not any(e["iter"] + 1 >= iterations for e in self.journal()[-1:]):
             time.sleep(0.002)
+
+    def kill_after(self, iterations: int, delay: float = 0.0, how: int = signal.SIGKILL) -> list[int]:
+        """Kill all ranks once rank 0 has done the run's iteration of that number, ``delay`` seconds later.
+
+        Returns:
+            list[int]: The exit codes, as of :meth:`wait`.
+        """
+        self.reach(iterations)
         time.sleep(delay)
-        self.kill(how)
-        self.wait()
+        while any(process.is_alive() for process in self.processes):
+            self.kill(how)
+            for process in self.processes:
+                process.join(10)  # Python drops an interrupt that meets it in a callback: the user asks again
+        return self.wait()
 
     def kill(self, how: int = signal.SIGKILL, rank: int | None = None) -> None:
         """Send a signal to one rank, or to all."""
@@ -116,6 +133,10 @@ class Run:
                 self.kill()
                 process.join()
                 raise TimeoutError(f"a rank has hung:\n{self.output()[-2000:]}")
+        for process in self.processes:
+            # A worker waits for ever where its rank was killed with a lock of theirs in hand.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return [process.exitcode for process in self.processes]
 
     def finish(self) -> Run:
@@ -136,10 +157,12 @@ def _train(
 ) -> None:
     from mmengine.config import Config
 
+    os.setpgid(0, 0)  # workers end with us: see Run.wait
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(sink, stream.fileno())
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so by us, in a shell's background jobs
     config = Config(cfg)
     if ranks > 1:
         os.environ.update(LOCAL_RANK=str(rank))
@@ -147,7 +170,8 @@ def _train(
             "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
         )
         config.launcher = "pytorch"
-        config.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None)
+        # as the host wraps by itself, but on the CPU
+        config.model_wrapper_cfg = dict(device_ids=None, broadcast_buffers=False)
     runner = Runner.from_cfg(config)
     runner.register_hook(Journal(Path(journal)))
     if prepare is not None:

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("mmseg")
 
 from mmengine.evaluator import BaseMetric
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 from mmengine.runner import FlexibleRunner, Runner
@@ -85,30 +86,34 @@ class Sinking(BaseMetric):
         return {"sinking": self.value}
 
 
-class FullDisk(Hook):
-    """The n-th write of a checkpoint fails."""
+def full_disk(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    """The n-th write of a checkpoint stops half-way."""
+    put, left = LocalBackend.put, [fails]
 
-    priority = "VERY_LOW"
-
-    def __init__(self, fails: int) -> None:
-        self.left = fails
-
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        self.left -= 1
-        if self.left == 0:
+    def half(self: Any, obj: bytes, filepath: str) -> None:
+        left[0] -= 1
+        put(self, obj[: len(obj) // 2] if left[0] == 0 else obj, filepath)
+        if left[0] == 0:
             raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalBackend, "put", half)
 
 
 # Written are: an interval's, the best, the interval's again with the name of the best; and so on.
 @pytest.mark.parametrize("fails", [4, 5, 6])
-def test_the_checkpoints_before_stay_until_the_next_are_written(scenes: Path, tmp_path: Path, fails: int) -> None:
+def test_the_checkpoints_before_stay_until_the_next_are_written(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
     cfg = config(scenes, tmp_path, val_evaluator=dict(_delete_=True, type="Sinking"), **{"train_cfg.val_interval": 5})
     cfg.default_hooks.checkpoint = dict(
         type="CheckpointHook", by_epoch=False, interval=5, max_keep_ckpts=1, save_best="sinking", rule="less"
     )
+    full_disk(monkeypatch, fails)
     with pytest.raises(OSError, match="No space left"):
-        train(cfg, FullDisk(fails))
-    assert any(is_whole(path) for path in tmp_path.glob("best_*.pth"))
+        train(cfg)
+    files = list(tmp_path.glob("*.pth"))
+    assert {path.name.split("_")[0] for path in files} == {"best", "iter"}
+    assert all(is_whole(path) for path in files)
     assert is_whole((tmp_path / "last_checkpoint").read_text())
 
 
@@ -123,6 +128,36 @@ def test_outdated_checkpoints_are_removed_all_the_same(scenes: Path, tmp_path: P
     assert len([name for name in names if name.startswith("best_")]) == 1
     hook = next(hook for hook in runner.hooks if type(hook).__name__ == "CheckpointHook")
     assert "_save_checkpoint" not in vars(hook) and "_save_best_checkpoint" not in vars(hook)
+    assert "save_checkpoint" not in vars(runner)
+
+
+def test_checkpoints_in_a_folder_of_their_own_are_found(scenes: Path, tmp_path: Path) -> None:
+    def cfg(**overrides: Any) -> Any:
+        made = config(scenes, tmp_path / "run", **overrides)
+        made.default_hooks.checkpoint = dict(
+            type="CheckpointHook", by_epoch=False, interval=5, out_dir=str(tmp_path / "out"), max_keep_ckpts=3
+        )
+        return made
+
+    with pytest.raises(Killed):
+        train(cfg(), KillAt(17))
+    last = Path((tmp_path / "run/last_checkpoint").read_text())
+    assert last.name == "iter_15.pth" and tmp_path / "out" in last.parents
+    last.write_bytes(b"")
+    # published ones hold nothing but weights
+    published = last.with_name("iter_10-0a1b2c3d.pth")
+    torch.save({"state_dict": {}}, published)
+    runner, resumed = train(cfg(resume=True, log_level="INFO"))
+    assert "iter_10.pth" in log_of(runner) and len(resumed.losses) == runner.iter - 10
+
+
+def test_a_validation_before_training_saves_no_best_where_none_is_asked_for(scenes: Path, tmp_path: Path) -> None:
+    class ValidateFirst(Hook):
+        def before_train(self, runner: Any) -> None:
+            runner.val_loop.run()
+
+    runner, _ = train(config(scenes, tmp_path), ValidateFirst())
+    assert runner.iter == runner.max_iters
 
 
 def test_resuming_a_best_checkpoint_says_what_it_lacks(scenes: Path, tmp_path: Path) -> None:
@@ -163,6 +198,27 @@ def test_another_batch_size_keeps_scores_and_progress_of_an_iteration_loop(
     summary = books(tmp_path)
     done = state["pruner"]["visited"] + sum(entry["kept"] for entry in state["pruner"]["history"])
     assert summary["samples_seen"] == done + sum(map(len, resumed.indices))
+    assert 0 < summary["saved_ratio"] < 0.5
+
+
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
+@pytest.mark.parametrize(("first", "second", "third"), [(4, 2, 4), (2, 4, 2), (4, 2, 2)])
+def test_batch_sizes_may_change_again_and_again(
+    scenes: Path, tmp_path: Path, first: int, second: int, third: int, policy: str
+) -> None:
+    for life, batch in enumerate((first, second, third)):
+        cfg = config(scenes, tmp_path, resume=life > 0, **{"train_dataloader.batch_size": batch})
+        cfg.custom_hooks[0].policy = policy
+        cfg.default_hooks.checkpoint.interval = 4
+        if life == 2:
+            runner, _ = train(cfg)
+        else:
+            with pytest.raises(Killed):
+                train(cfg, KillAt(9 * life + 9))
+    assert runner.iter == runner.max_iters
+    summary = books(tmp_path)
+    assert 0 <= summary["saved_ratio"] < 0.5
+    assert [entry["pass"] for entry in summary["per_pass"]] == sorted({entry["pass"] for entry in summary["per_pass"]})
 
 
 @pytest.mark.parametrize("per_iteration", [False, True])
@@ -237,6 +293,55 @@ def test_a_longer_or_shorter_schedule_goes_on_where_it_was(scenes: Path, tmp_pat
     assert books(tmp_path)["passes_total"] == pytest.approx(max_iters * 4 / 22)
 
 
+@pytest.mark.parametrize("max_iters", [23, 24, 26])
+def test_a_finished_run_goes_on_in_a_longer_schedule(scenes: Path, tmp_path: Path, max_iters: int) -> None:
+    """Its last pass was a part of one; what was left out of it comes now."""
+
+    def cfg(max_iters: int, **overrides: Any) -> Any:
+        made = config(scenes, tmp_path, **overrides, **{"train_cfg.max_iters": max_iters})
+        made.default_hooks.checkpoint.save_last = True
+        made.custom_hooks[0].prune_ratio = 0.0  # every pass as long as the host's
+        return made
+
+    first, _ = train(cfg(max_iters))
+    runner, resumed = train(cfg(40, resume=True))
+    straight = (40 * 4) // 22 * 5 + 2  # seven passes of five batches and one of two
+    assert abs(first.iter + len(resumed.losses) - straight) <= 1
+    assert resumed.lrs[0] <= 0.1 and runner.iter == runner.max_iters
+
+
+@pytest.mark.parametrize("max_iters", [12, 15])
+def test_a_schedule_that_is_over_already_ends_at_once(scenes: Path, tmp_path: Path, max_iters: int) -> None:
+    cfg = config(scenes, tmp_path)
+    cfg.default_hooks.checkpoint.interval = 15
+    with pytest.raises(Killed):
+        train(cfg, KillAt(16))
+    _, resumed = train(config(scenes, tmp_path, resume=True, **{"train_cfg.max_iters": max_iters}))
+    assert not resumed.losses
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_rates_of_a_run_without_the_hook_go_on_with_another_batch_size(
+    scenes: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    overrides = {**EPOCHS, "train_dataloader.drop_last": True}
+    overrides["param_scheduler"] = [
+        dict(type="PolyLR", power=1.0, eta_min=1e-4, by_epoch=True, begin=0, end=6, convert_to_iter_based=True)
+    ]
+
+    def cfg(batch: int, **more: Any) -> Any:
+        made = config(scenes, tmp_path, **overrides, **{"train_dataloader.batch_size": batch, **more})
+        made.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=True, interval=3)
+        return made
+
+    with pytest.raises(Killed):
+        train(cfg(before, custom_hooks=[]), KillAt(4 * (22 // before)))
+    _, resumed = train(cfg(after, resume=True))
+    assert resumed.lrs[0] == pytest.approx(0.05, rel=0.05)
+    rates = resumed.boundary_lrs
+    assert rates == pytest.approx([0.1 * 2 / 6, 0.1 / 6, 1e-4], rel=0.15, abs=0.004)
+
+
 def test_a_checkpoint_of_the_other_kind_of_loop_is_refused(scenes: Path, tmp_path: Path) -> None:
     cfg = config(scenes, tmp_path)
     cfg.default_hooks.checkpoint.interval = 5
@@ -272,6 +377,10 @@ def _no_generators(state: dict[str, Any]) -> None:
     del state["rng"]
 
 
+def _no_gradients(state: dict[str, Any]) -> None:
+    state["gradients"] = None
+
+
 def _no_pruner(state: dict[str, Any]) -> None:
     state["pruner"] = None
 
@@ -285,7 +394,8 @@ def _no_pruner(state: dict[str, Any]) -> None:
         (_short_scores, "scores"),
         (_backwards, "visited"),
         (_no_generators, "rng"),
-        (_no_pruner, "NoneType"),
+        (_no_pruner, "pruner"),
+        (_no_gradients, "gradients"),
     ],
 )
 def test_a_damaged_state_is_refused_by_name(
@@ -309,6 +419,8 @@ def test_a_file_cut_short_is_not_whole(tmp_path: Path, size: int) -> None:
     torch.save({"weight": torch.zeros(10_000)}, path)
     assert is_whole(path)
     path.write_bytes(path.read_bytes()[:-size] if size else b"")
+    assert not is_whole(path)
+    path.write_bytes(bytes(1000))  # as a loss of power leaves it
     assert not is_whole(path)
     assert not is_whole(tmp_path / "none.pth")
     torch.save({"weight": torch.zeros(10)}, path, _use_new_zipfile_serialization=False)

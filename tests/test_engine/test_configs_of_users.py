@@ -17,6 +17,7 @@ from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import Runner
 from torch.utils.data import BatchSampler
 
+from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, Recorder, config, train
 
 N = 22
@@ -220,10 +221,19 @@ def test_optimiser_wrapper_dicts_and_scheduler_dicts(scenes: Path, tmp_path: Pat
             return log
 
     poly = dict(type="PolyLR", power=0.9, eta_min=1e-4, by_epoch=False, begin=0, end=33)
-    cfg = config(scenes, tmp_path, custom_hooks=ONE_LINE, **{"model.type": "TwoOptimisers"})
-    cfg.optim_wrapper = dict(constructor="TwoParts", optimizer=dict(type="SGD", lr=0.1, momentum=0.9))
-    cfg.param_scheduler = dict(backbone=[poly], head=[poly])
-    runner, recorder = train(cfg)
+
+    def cfg(name: str, **overrides: Any) -> Any:
+        made = config(scenes, tmp_path / name, custom_hooks=ONE_LINE, **{"model.type": "TwoOptimisers"}, **overrides)
+        made.optim_wrapper = dict(constructor="TwoParts", optimizer=dict(type="SGD", lr=0.1, momentum=0.9))
+        made.param_scheduler = dict(backbone=[poly], head=[poly])
+        made.default_hooks.checkpoint.interval = 5
+        return made
+
+    with pytest.raises(Killed):
+        train(cfg("killed"), KillAt(7))
+    _, resumed = train(cfg("killed", resume=True))
+    runner, recorder = train(cfg("straight"))
+    assert resumed.losses == recorder.losses[5:]
     assert len(recorder.losses) == runner.iter == runner.max_iters
     for name, wrapper in runner.optim_wrapper.items():
         assert wrapper._max_counts == runner.max_iters

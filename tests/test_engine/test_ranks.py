@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -206,6 +207,26 @@ def test_policy_none_is_the_host_to_the_bit(scenes: Path, tmp_path: Path, loop: 
     assert_equal_parameters(final_state(ours.work_dir), final_state(host.work_dir))
 
 
+def without_round_up(rank: int, runner: Any) -> None:
+    runner._train_dataloader["sampler"]["round_up"] = False
+    without_journal(rank, runner)
+
+
+def without_journal(rank: int, runner: Any) -> None:
+    runner._hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, Journal)]
+
+
+def test_policy_none_ends_its_passes_together_where_tails_differ(make_config: MakeConfig, tmp_path: Path) -> None:
+    """21 of 22 samples on two ranks: tails of three and of two, in the same number of batches."""
+    cfg = make_config(tmp_path, "epochs", 2)
+    cfg.train_dataloader.update(drop_last=False)
+    cfg.train_dataloader.dataset.indices = 21
+    cfg.custom_hooks = [dict(type="InfoBatchHook", policy="none")]
+    Run(cfg, 2, without_round_up).finish()
+    books = json.loads((tmp_path / "infobatch_summary.json").read_text())
+    assert [entry["kept"] for entry in books["per_pass"]] == [21] * 6
+
+
 # ---- killed, and resumed on another number of ranks -------------------------------------------------------
 
 
@@ -263,7 +284,7 @@ def test_resumed_with_half_the_global_batch_goes_on(
     assert torch.equal(after["times_seen"] - before["times_seen"], made)
     assert book["samples_seen"] == 7 * GLOBAL_BATCH[loop] + int(made.sum())
     # The pass that was drawn anew was drawn from the scores that there were.
-    drawn_anew = book["per_pass"][len(before["history"])]
+    drawn_anew = next(entry for entry in book["per_pass"] if entry["pass"] == journal[0]["pass"])
     assert drawn_anew["threshold"] == pytest.approx(float(before["scores"][before["seen"]].mean()), rel=1e-6)
     # Of the host's iterations, half as long now, the same number is made up for.
     assert book["passes_done"] == math.ceil(book["passes_total"]) == {"iterations": 3, "epochs": 6}[loop]
@@ -371,3 +392,56 @@ def test_ranks_that_disagree_are_all_refused(make_config: MakeConfig, tmp_path: 
     assert first != second and "rank 0 has" in messages[0] and "rank 1 has" in messages[0]
     assert (first, second) == {"num_samples": ("22", "21"), "seed": ("40", "41")}.get(what, (first, second))
     assert not run.journal()
+
+
+# ---- what each rank has of its own --------------------------------------------------------------------------
+
+
+class KeepBuffers(Hook):
+    """Writes down the buffers of this rank at the end, and kills it where it is told to."""
+
+    def __init__(self, path: Path, kill: int | None) -> None:
+        self.path, self.kill = path, kill
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter == self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def after_train(self, runner: Any) -> None:
+        torch.save(dict(runner.model.module.named_buffers()), self.path)
+
+
+def keep_buffers(rank: int, runner: Any, kill: int | None = None) -> None:
+    runner.register_hook(KeepBuffers(Path(runner.work_dir, f"buffers.{rank}"), kill))
+
+
+def blind(rank: int, runner: Any) -> None:
+    """To rank 1 the newest checkpoint is not there yet, as on a network's file system."""
+    from infobatch_mm.engine import checkpoints
+
+    if rank == 1:
+        checkpoints.is_whole = lambda path: "iter_8" not in str(path)  # this process is the test's own
+
+
+def test_buffers_of_every_rank_and_the_choice_of_rank_0_are_resumed(make_config: MakeConfig, tmp_path: Path) -> None:
+    def run(name: str, prepare: Any, **overrides: Any) -> Run:
+        cfg = make_config(tmp_path / name, "iterations", 2, **overrides)
+        norm = dict(type="BN", requires_grad=True)  # each rank keeps statistics of its own
+        for part in (cfg.model.backbone, cfg.model.decode_head, cfg.model.auxiliary_head):
+            part.norm_cfg = norm
+        cfg.default_hooks.checkpoint.interval = 4
+        return Run(cfg, 2, prepare)
+
+    run("straight", keep_buffers).finish()
+    run("killed", partial(keep_buffers, kill=10)).wait()
+    resumed = run("killed", blind_and_keeping, resume=True).finish()
+    assert resumed.journal(0)[0]["iter"] == resumed.journal(1)[0]["iter"] == 8
+    kept = [[torch.load(tmp_path / name / f"buffers.{rank}") for rank in range(2)] for name in ("straight", "killed")]
+    assert any(not torch.equal(kept[0][0][name], kept[0][1][name]) for name in kept[0][0])
+    for straight, resumed_buffers in zip(*kept, strict=True):
+        assert all(torch.equal(straight[name], resumed_buffers[name]) for name in straight)
+
+
+def blind_and_keeping(rank: int, runner: Any) -> None:
+    blind(rank, runner)
+    keep_buffers(rank, runner)
