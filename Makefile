@@ -50,8 +50,9 @@ demo-data: data/demo/.drawn
 demo: demo-data
 	$(BIN)/python tools/compare.py $(DEMO)-1k_demo-96x96.py $(DEMO)-infobatch-1k_demo-96x96.py --work-dir work_dirs/demo
 
+# Two tests at a time, each with one thread.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

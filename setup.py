@@ -23,7 +23,7 @@ EXTRAS = {
     "det": ["onedl-mmdetection>=3.5", "ftfy", "regex"],
     "diffusers": ["diffusers>=0.30", "accelerate>=0.33"],
     "report": ["matplotlib>=3.7", "rich>=13"],
-    "test": ["pytest>=8", "pytest-timeout>=2.3"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "accelerate>=0.33"],
     "dev": ["ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
 }
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})

@@ -525,7 +525,9 @@ def test_index_array_changed_in_place_later_does_not_change_the_scores():
 
 
 @pytest.mark.parametrize(
-    "convert", [list, tuple, np.array, torch.tensor, lambda i: torch.tensor(i, dtype=torch.int32)], ids=str
+    "convert",
+    [list, tuple, np.array, torch.tensor, lambda i: torch.tensor(i, dtype=torch.int32)],
+    ids=["list", "tuple", "array", "tensor", "int32"],
 )
 def test_indices_may_be_a_sequence_an_array_or_a_tensor(convert: Any):
     infobatch = InfoBatch(5, 2)

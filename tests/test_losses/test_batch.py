@@ -152,7 +152,7 @@ def test_rows_that_do_not_add_up_are_refused(rows):
     "shared",
     [
         torch.tensor(2.0),
-        torch.rand(7),
+        torch.ones(7),
         torch.zeros(0),
         "mean",
         None,
@@ -161,7 +161,7 @@ def test_rows_that_do_not_add_up_are_refused(rows):
         [],
         (),
         {},
-        [torch.rand(7)],
+        [torch.ones(7)],
         ["a", "b"],
         ["a", "b", "c"],
         [1, 0.5, 0.25],
