@@ -15,7 +15,7 @@ help:
 	@echo "make demo       train a small segmentor without and with InfoBatch, and compare"
 	@echo "make demo-data  draw the demo's data set into data/demo"
 	@echo "make test       default test suite;  make test-slow: the long tests"
-	@echo "make faults     kill trainings and resume them, about a quarter of an hour"
+	@echo "make faults     kill trainings and resume them, about five minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make zoo        weigh every method folder of MMSegmentation, about a quarter of an hour"
 	@echo "make ops        a second environment in $(OPS), with mmcv's operators compiled for the CPU and MMDetection;"

@@ -70,6 +70,17 @@ def test_resumed_run_visits_the_same_samples(
     assert {**books[0], "wall_time_s": 0} == {**books[1], "wall_time_s": 0}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_resumed_run_with_mixed_precision_visits_the_same_samples(scenes: Path, tmp_path: Path) -> None:
+    overrides = {"optim_wrapper.type": "AmpOptimWrapper", "optim_wrapper.accumulative_counts": 2}
+    straight = train(config(scenes, tmp_path / "straight", **overrides))[1]
+    resumed = killed_and_resumed(scenes, tmp_path / "killed", 12, 5, **overrides)
+    assert resumed.indices == straight.indices[10:]
+    assert resumed.weights == straight.weights[10:]
+    assert resumed.lrs == straight.lrs[10:]
+
+
 def test_resume_from_checkpoints_at_epoch_ends(scenes: Path, tmp_path: Path) -> None:
     checkpoint = dict(type="CheckpointHook", by_epoch=True, interval=1)
     _, straight = train(config(scenes, tmp_path / "straight", **EPOCHS))
