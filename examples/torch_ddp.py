@@ -4,8 +4,8 @@ python examples/torch_ddp.py
 torchrun --nproc_per_node 2 examples/torch_ddp.py --resume
 accelerate launch --multi_gpu --num_processes 2 examples/torch_ddp.py
 
-The lines that InfoBatch needs are marked with (1) to (6). Without a GPU the processes meet over gloo. That goes for
-accelerate's --multi_gpu too; its --cpu starts a single process.
+The lines that InfoBatch needs are marked with (1) to (6). Without a GPU the processes meet over gloo, also under
+accelerate's --multi_gpu, as this script joins them by itself; accelerate's --cpu starts a single process.
 """
 
 from __future__ import annotations

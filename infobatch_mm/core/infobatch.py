@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
 
 from .distributed import rank, require_equal, world_size
 from .policies import PruningPolicy, build_policy
@@ -164,7 +165,7 @@ class InfoBatch:
 
         On several processes call :meth:`merge` on all of them first, then this on one.
         """
-        return {**self._pruner.state_dict(), "last_batch": self._sampler.last_batch}
+        return {**self._pruner.state_dict(), "tail_dropped": self._sampler.tail_dropped}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the next unvisited position of the same plan.
@@ -174,7 +175,7 @@ class InfoBatch:
                 damaged.
         """
         self._pruner.load_state_dict(state)
-        self._sampler.forget_walk(int(state.get("last_batch", 0)))
+        self._sampler.forget_walk(end_pass=bool(state.get("tail_dropped", False)))
 
     def summary(self) -> dict[str, Any]:
         """Policy, passes, visits, saved share and one entry per pass, as plain numbers."""
@@ -191,12 +192,16 @@ class _WalkSampler(PlanSampler):
 
     def __init__(self, pruner: Pruner, rank: int, world: int) -> None:
         super().__init__(pruner, rank, world)
+        self._drop_last: bool | None = None
+        self._warned_batch = False
         self._weighed = torch.zeros(pruner.schedule.num_samples, dtype=torch.bool)
         self.forget_walk()
 
-    def forget_walk(self, last_batch: int = 0) -> None:
-        """Start afresh, after a pass or with a loaded state."""
-        self.last_batch = last_batch
+    def forget_walk(self, end_pass: bool = False) -> None:
+        """Start afresh, after a pass or with a loaded state, which may be that of a pass whose tail was dropped."""
+        if end_pass:
+            self.pruner.finish_pass()
+        self._last_batch = 0  # over all processes
         self._walked = False
         self._weighed.zero_()
 
@@ -206,8 +211,14 @@ class _WalkSampler(PlanSampler):
                 f"accelerate shares this loader out among its {self.world} processes, but the sampler has done so "
                 "already: leave the loader out of prepare(), and move its batches to accelerator.device yourself"
             )
-        if self._walked or self._only_tail_left():
-            self._end_pass()
+        if world_size() != self.world:
+            raise ValueError(
+                f"this InfoBatch was made for {self.world} processes, but there are {world_size()} now: make it after "
+                "init_process_group, or after Accelerator()"
+            )
+        self._drop_last = _drop_last()
+        if self._walked or self.tail_dropped:
+            self.forget_walk(end_pass=True)
         return self._walk()
 
     def _walk(self) -> Iterator[int]:
@@ -217,18 +228,19 @@ class _WalkSampler(PlanSampler):
         if current == self.pruner.pass_index and not _reads_ahead():
             self._walked = True
 
-    def _only_tail_left(self) -> bool:
-        """Whether less than a batch is left of a pass: the tail that a ``drop_last`` loader drops."""
+    @property
+    def tail_dropped(self) -> bool:
+        """Whether of a pass no more is left than the tail that a ``drop_last`` loader drops."""
         pruner = self.pruner
-        return pruner.visited > 0 and len(pruner.begin_pass()) - pruner.visited < self.last_batch
-
-    def _end_pass(self) -> None:
-        self.pruner.finish_pass()
-        self.forget_walk()
+        if pruner.visited == 0 or self._drop_last is False:
+            return False
+        return len(pruner.begin_pass()) - pruner.visited < self._last_batch
 
     def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
         """Weigh and record one batch; see :meth:`InfoBatch.weigh`."""
         pruner, batch = self.pruner, len(index)
+        if self.world > 1:
+            self._check_batch(batch)
         unweighted = losses
         real, padding = index, torch.zeros_like(index, dtype=torch.bool)
         if self.world > 1:  # only there does a plan need padding
@@ -242,11 +254,21 @@ class _WalkSampler(PlanSampler):
             # A second loss of the same batch (as some optimisers need) is no second visit.
             fresh = batch - int((self._weighed[real] & ~padding).sum())
             self._weighed[real] = True
-        self.last_batch = batch * self.world  # over all processes: a state may go on with other ones
+        self._last_batch = batch * self.world
         pruner.advance(fresh * self.world)
         if pruner.pass_done:
-            self._end_pass()
+            self.forget_walk(end_pass=True)
         return weighted
+
+    def _check_batch(self, batch: int) -> None:
+        whole = self.pruner.schedule.batch_size
+        if not self._warned_batch and whole > self.world and batch * self.world > whole:
+            self._warned_batch = True
+            warnings.warn(
+                f"{batch} samples on each of {self.world} processes are {batch * self.world} at once, but batch_size="
+                f"{whole} is the global batch size: give the DataLoader batch_size={whole // self.world}",
+                stacklevel=4,
+            )
 
     def _tail_scale(self, batch: int) -> float:
         """Factor that makes the mean over processes the mean over the real visits of this batch."""
@@ -266,6 +288,15 @@ class _WalkSampler(PlanSampler):
 def _reads_ahead() -> bool:
     """Whether a ``DataLoader`` with workers is asking, which it does before anything was used."""
     return any(frame.f_code.co_name == "_try_put_index" for frame in _callers())
+
+
+def _drop_last() -> bool | None:
+    """Whether the loader that is asking drops the tail of a walk, None where that cannot be known."""
+    for frame in _callers():
+        asking = frame.f_locals.get("self")
+        if isinstance(asking, BatchSampler) and type(asking) is BatchSampler:
+            return asking.drop_last
+    return None
 
 
 def _callers() -> Iterator[FrameType]:

@@ -314,12 +314,23 @@ class InfoBatchHook(Hook):
             # Iterations are the host's measure there: as many samples as the batch now holds.
             if isinstance(schedule, IterSchedule):
                 self._find_position(runner.iter if self._pacer is None else self._pacer.taken)
+            if batch_size != schedule.batch_size:
+                differs = f"a global batch of {batch_size}, this run has {schedule.batch_size}"
+            else:
+                before = state["pruner"]["schedule"]["total_steps"]
+                differs = f"a schedule of {before} iterations of full data, this run has {schedule.total_steps}"
+            if pruner.finished:
+                raise ValueError(
+                    f"cannot resume: the checkpoint was written with {differs}, and stands at "
+                    f"{state['scheduler_steps']} of them: nothing is left to train; use a longer schedule"
+                )
             runner.logger.warning(
-                f"InfoBatch: the checkpoint was written with a global batch of {batch_size} in a schedule of "
-                f"{state['pruner']['schedule']['total_steps']} iterations of full data, this run has "
-                f"{schedule.batch_size} and {schedule.total_steps}: the scores are kept, pass {pruner.pass_index + 1} "
-                "is drawn anew, and what is left of it visited"
+                f"InfoBatch: the checkpoint was written with {differs}: the scores are kept; the run goes on in pass "
+                f"{pruner.pass_index + 1} of {schedule.num_passes}, drawn anew, after {pruner.visited} of its "
+                f"{len(pruner.begin_pass()) if self._pacer else schedule.full_visits(pruner.pass_index)} visits"
             )
+        if self._seed not in (None, pruner.seed):
+            runner.logger.warning(f"InfoBatch: seed={self._seed} is not used, the checkpoint's seed={pruner.seed} is")
         if self._pacer is not None:
             process_state.restore(runner, state)
         elif isinstance(pruner.schedule, EpochSchedule):

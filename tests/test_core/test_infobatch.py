@@ -774,3 +774,48 @@ def test_resumed_on_more_processes_a_pass_is_finished(monkeypatch: pytest.Monkey
     first.load_state_dict(alone.state_dict())
     assert len(list(first.sampler)) == 4
     assert first.summary()["passes_done"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("save_after", range(1, 6))
+def test_with_drop_last_epochs_saved_at_their_end_are_neither_repeated_nor_lost(save_after: int, workers: int):
+    def epochs(infobatch: InfoBatch, until: int) -> list[int]:
+        loader = DataLoader(
+            infobatch.attach(list(range(37))), 4, sampler=infobatch.sampler, drop_last=True, num_workers=workers
+        )
+        steps = []
+        for _ in range(infobatch.summary()["passes_done"], until):
+            batches = [infobatch.weigh(1.0 + index.float(), index) for index, _ in loader]
+            steps.append(len(batches))
+        return steps
+
+    straight = epochs(InfoBatch(37, 6, batch_size=4), 6)
+    first, second = InfoBatch(37, 6, batch_size=4), InfoBatch(37, 6, batch_size=4)
+    begun = epochs(first, save_after)
+    second.load_state_dict(first.state_dict())
+    assert second.summary()["passes_done"] == save_after
+    assert begun + epochs(second, 6) == straight
+
+
+def test_a_tail_that_is_not_dropped_is_visited_after_a_resume():
+    infobatch = InfoBatch(10, 2, batch_size=4)
+    data = list(range(10))
+    loader = iter(DataLoader(infobatch.attach(data), 4, sampler=infobatch.sampler))
+    for index, _ in (next(loader), next(loader)):
+        infobatch.weigh(torch.ones(4), index)
+    resumed = InfoBatch(10, 2, batch_size=4)
+    resumed.load_state_dict(infobatch.state_dict())
+    rest = next(iter(DataLoader(resumed.attach(data), 4, sampler=resumed.sampler)))[0]
+    assert len(rest) == 2 and resumed.summary()["passes_done"] == 0
+
+
+def test_batches_of_several_processes_that_are_too_large_are_warned_of_once(monkeypatch: pytest.MonkeyPatch):
+    infobatch = InfoBatch(16, 2, batch_size=4)
+    infobatch._sampler.world = 2
+    monkeypatch.setattr("infobatch_mm.core.infobatch.world_size", lambda: 2)
+    index = list(infobatch.sampler)
+    with pytest.warns(UserWarning, match=r"4 samples on each of 2 processes are 8 at once, but batch_size=4"):
+        infobatch.weigh(torch.ones(4), index[:4])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        infobatch.weigh(torch.ones(4), index[4:])

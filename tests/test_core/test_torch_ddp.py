@@ -70,6 +70,9 @@ def run_with_journal(folder: Path, kill_at: int, arguments: list[str]) -> None:
     net = example.main([*arguments, "--checkpoint", str(folder / "checkpoint.pt")], on_step)
     if rank == 0:
         torch.save({"model": net.state_dict(), "infobatch": seen[-1].state_dict()}, folder / "end.pt")
+    journal.close()
+    sys.stdout.flush()
+    os._exit(0)  # torch's threads have been seen to abort a process that was done, when Python took it down
 
 
 def refusal(differ: dict[str, Any]) -> str:

@@ -211,6 +211,12 @@ def divided(case: Case) -> None:
     InfoBatch(10, 2, batch_size=5)
 
 
+def too_early(case: Case) -> None:
+    pruned = InfoBatch(10, 2)
+    case.as_rank_of(2)
+    iter(pruned.sampler)
+
+
 def left_out(case: Case) -> None:
     pruned = InfoBatch(10, 4)
     for index in pruned.sampler:
@@ -281,6 +287,9 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "a data set of another length": longer_data_set,
     "a data set with other file names": renamed_data_set,
     "the other kind of loop": lambda case: case.resume(**EPOCHS),
+    "a `max_iters` that the checkpoint is beyond, in iterations of full data": lambda case: case.resume(
+        **{"train_cfg.max_iters": 15}
+    ),
     "a state of a newer package": lambda case: case.resume(newer),
     "a state with a NaN score, a sample planned twice, a missing entry": lambda case: case.resume(nan_score),
     "a named checkpoint that was cut short": named_but_cut,
@@ -290,6 +299,7 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "`InfoBatch(10, 0)`": lambda case: InfoBatch(10, 0),
     "`attach` of a data set of another length": lambda case: InfoBatch(10, 2).attach(range(11)),
     "a batch size that does not divide among the processes": divided,
+    "an `InfoBatch` that was made before the process group": too_early,
     "`weigh` of a mean instead of losses per sample": lambda case: weigh(1.0, [0]),
     "`weigh` with fewer indices than losses": lambda case: weigh([1.0, 2.0, 3.0], [0, 1]),
     "indices as floats": lambda case: weigh([1.0], [0.0]),

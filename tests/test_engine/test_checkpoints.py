@@ -310,14 +310,16 @@ def test_a_finished_run_goes_on_in_a_longer_schedule(scenes: Path, tmp_path: Pat
     assert resumed.lrs[0] <= 0.1 and runner.iter == runner.max_iters
 
 
-@pytest.mark.parametrize("max_iters", [12, 15])
-def test_a_schedule_that_is_over_already_ends_at_once(scenes: Path, tmp_path: Path, max_iters: int) -> None:
+def test_another_seed_on_resume_is_not_used_and_said_so(scenes: Path, tmp_path: Path) -> None:
     cfg = config(scenes, tmp_path)
-    cfg.default_hooks.checkpoint.interval = 15
+    cfg.default_hooks.checkpoint.interval = 8
     with pytest.raises(Killed):
-        train(cfg, KillAt(16))
-    _, resumed = train(config(scenes, tmp_path, resume=True, **{"train_cfg.max_iters": max_iters}))
-    assert not resumed.losses
+        train(cfg, KillAt(9))
+    cfg = config(scenes, tmp_path, resume=True, log_level="INFO")
+    cfg.custom_hooks[0].seed = 7
+    runner, _ = train(cfg)
+    assert "seed=7 is not used" in log_of(runner)
+    assert books(tmp_path)["seed"] == 3
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
