@@ -65,6 +65,7 @@ def run_with_journal(folder: Path, kill_at: int, arguments: list[str]) -> None:
             (folder / f"refused.{rank}").write_text(json.dumps({k: refusal(v) for k, v in PROCESSES_DIFFER.items()}))
         seen.append(infobatch)
         if len(seen) == kill_at:
+            dist.barrier()  # torchrun ends the others at once
             os.kill(os.getpid(), signal.SIGKILL)
 
     net = example.main([*arguments, "--checkpoint", str(folder / "checkpoint.pt")], on_step)
