@@ -239,11 +239,10 @@ class _WalkSampler(PlanSampler):
     def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
         """Weigh and record one batch; see :meth:`InfoBatch.weigh`."""
         pruner, batch = self.pruner, len(index)
-        if self.world > 1:
-            self._check_batch(batch)
         unweighted = losses
         real, padding = index, torch.zeros_like(index, dtype=torch.bool)
         if self.world > 1:  # only there does a plan need padding
+            self._check_batch(batch)
             padding = index < 0
             real = torch.where(padding, -1 - index, index)
             losses = torch.where(padding.to(losses.device), 0.0, losses)  # a weight of 0 would keep a NaN
