@@ -2,13 +2,14 @@
 
 from .infobatch import InfoBatch
 from .plan import Plan, full_plan, thinned_plan
-from .policies import InfoBatchPolicy, NoPruning, PruningPolicy, build_policy
+from .policies import AnnealedPolicy, InfoBatchPolicy, NoPruning, PruningPolicy, RandomPolicy, build_policy
 from .pruner import Pruner
 from .sampler import PlanSampler
 from .schedule import EpochSchedule, IterSchedule, Schedule
 from .scores import ScoreStore
 
 __all__ = [
+    "AnnealedPolicy",
     "EpochSchedule",
     "InfoBatch",
     "InfoBatchPolicy",
@@ -18,6 +19,7 @@ __all__ = [
     "PlanSampler",
     "Pruner",
     "PruningPolicy",
+    "RandomPolicy",
     "Schedule",
     "ScoreStore",
     "build_policy",

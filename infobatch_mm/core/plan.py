@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -29,6 +30,39 @@ class Plan:
 
     def __len__(self) -> int:
         return self.indices.numel()
+
+    def pair_weights(self, first: Tensor, second: Tensor) -> Tensor:
+        """Weights of losses that two different samples of the plan share, as those of mixed images do.
+
+        A full pass mixes a sample with each of the N - 1 others alike; this one with each of the K - 1 others
+        that it visits, and only if both were drawn. The weight that undoes this is (K-1) / (N-1) over the
+        chance that the plan holds both: the inverse of the product of their own chances, but that k of n
+        samples drawn without replacement are together with the chance k (k-1) / (n (n-1)). It is 1 in full
+        passes and where a policy does not rescale. Exact for a whole plan whose thinned samples weigh alike,
+        as InfoBatch's do; otherwise to the order of 1/k.
+
+        Args:
+            first (Tensor): Weights of the one sample of each pair, any shape, on any device.
+            second (Tensor): Weights of the other.
+
+        Returns:
+            Tensor: Of the same shape, float32.
+        """
+        scale, level, without_replacement = self._pairs
+        both = first * second * scale
+        return torch.where((first == level) & (second == level), both * without_replacement, both)
+
+    @cached_property
+    def _pairs(self) -> tuple[float, float, float]:
+        """(K-1) / (N-1), the weight of thinned samples, and what drawing them without replacement changes."""
+        level = float(self.weights.max()) if len(self) else 1.0
+        kept = int(torch.count_nonzero(self.weights == level))
+        if level == 1.0 or kept < 2 or len(self) < 2:
+            return 1.0, level, 1.0
+        # An unbiased plan's weights add up to the samples it stands for.
+        population = float(self.weights.sum(dtype=torch.float64))
+        candidates = level * kept
+        return (len(self) - 1) / (population - 1), level, kept * (candidates - 1) / ((kept - 1) * candidates)
 
     def first(self, visits: int) -> Plan:
         """The plan cut after its first ``visits`` visits; a random part of it, as plans are shuffled."""

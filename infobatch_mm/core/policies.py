@@ -46,24 +46,16 @@ class PruningPolicy(ABC):
         return {"policy": self.name}
 
 
-class InfoBatchPolicy(PruningPolicy):
-    """InfoBatch (Qin et al., ICLR 2024): soft pruning below the mean score, rescaling, annealing.
-
-    A sample whose last loss is below the mean of all seen samples is well learned and skipped with
-    probability ``prune_ratio`` (eq. 3); the kept ones weigh n/k (eq. 6). After the share ``delta`` of
-    the training every sample is visited (annealing). Differences from the reference code: the draw is of
-    an exact count with its true inverse inclusion probability as weight, unseen samples take no part in
-    the mean and are never pruned.
+class AnnealedPolicy(PruningPolicy):
+    """What policies share that prune with a ratio r until the share δ of the training is done.
 
     Args:
-        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        prune_ratio (float): Chance r that a candidate is skipped, in [0, 1). Defaults to 0.5.
         delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
-
-    name = "infobatch"
 
     def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875) -> None:
         if not _is_number(prune_ratio) or not 0 <= prune_ratio < 1:
@@ -83,19 +75,66 @@ class InfoBatchPolicy(PruningPolicy):
         # The tolerance keeps 0.7 * 10 passes at seven: binary fractions must not add a pruned pass.
         return self.prune_ratio > 0 and progress < self.delta - 1e-9
 
+    def settings(self) -> dict[str, Any]:
+        return {"policy": self.name, "prune_ratio": self.prune_ratio, "delta": self.delta}
+
+    def _thinned(
+        self, candidates: Tensor, generator: torch.Generator, multiple_of: int, threshold: float | None = None
+    ) -> Plan | None:
+        """Keep the share 1 - r of the candidates and all others."""
+        num_candidates = int(torch.count_nonzero(candidates))
+        num_kept = kept_count(num_candidates, candidates.numel() - num_candidates, self.prune_ratio, multiple_of)
+        if num_kept == num_candidates:
+            return None
+        return thinned_plan(candidates, num_kept, generator, threshold=threshold)
+
+
+class InfoBatchPolicy(AnnealedPolicy):
+    """InfoBatch (Qin et al., ICLR 2024): soft pruning below the mean score, rescaling, annealing.
+
+    A sample whose last loss is below the mean of all seen samples is well learned and skipped with
+    probability ``prune_ratio`` (eq. 3); the kept ones weigh n/k (eq. 6). After the share ``delta`` of
+    the training every sample is visited (annealing). Differences from the reference code: the draw is of
+    an exact count with its true inverse inclusion probability as weight, unseen samples take no part in
+    the mean and are never pruned.
+
+    Args:
+        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    name = "infobatch"
+
     def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         if self.prune_ratio == 0 or not seen.any():
             return None
         threshold = float(np.mean(scores.numpy(), where=seen.numpy(), dtype=np.float64))
-        well_learned = (scores < threshold) & seen
-        num_candidates = int(torch.count_nonzero(well_learned))
-        num_kept = kept_count(num_candidates, scores.numel() - num_candidates, self.prune_ratio, multiple_of)
-        if num_kept == num_candidates:
-            return None
-        return thinned_plan(well_learned, num_kept, generator, threshold=threshold)
+        return self._thinned((scores < threshold) & seen, generator, multiple_of, threshold)
 
-    def settings(self) -> dict[str, Any]:
-        return {"policy": self.name, "prune_ratio": self.prune_ratio, "delta": self.delta}
+
+class RandomPolicy(AnnealedPolicy):
+    """Random pruning with rescaling and annealing: the control that knows no scores.
+
+    Every sample is skipped with probability ``prune_ratio``, whatever its loss, from the first pass on; the
+    kept ones weigh n/k. RS2 (Okanovic et al., ICLR 2024) with InfoBatch's weights and annealing.
+
+    Args:
+        prune_ratio (float): Chance r that a sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    name = "random"
+
+    def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
+        if self.prune_ratio == 0:
+            return None
+        return self._thinned(torch.ones_like(seen), generator, multiple_of)
 
 
 class NoPruning(PruningPolicy):
@@ -129,7 +168,7 @@ def kept_count(num_candidates: int, num_others: int, prune_ratio: float, multipl
     return min(fitting, key=lambda k: abs(k - target), default=num_candidates)
 
 
-_POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy, NoPruning)}
+_POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy, RandomPolicy, NoPruning)}
 
 
 def build_policy(
@@ -138,10 +177,10 @@ def build_policy(
     """Turn the user's choice into a policy.
 
     Args:
-        policy (str | PruningPolicy): ``'infobatch'``, ``'none'``, or a policy of the user's own. Defaults to
-            ``'infobatch'``.
-        prune_ratio (float): r in [0, 1); see :class:`InfoBatchPolicy`. Defaults to 0.5.
-        delta (float): In (0, 1]; see :class:`InfoBatchPolicy`. Defaults to 0.875.
+        policy (str | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'``, or a policy of the user's own.
+            Defaults to ``'infobatch'``.
+        prune_ratio (float): r in [0, 1); see :class:`AnnealedPolicy`. Defaults to 0.5.
+        delta (float): In (0, 1]; see :class:`AnnealedPolicy`. Defaults to 0.875.
 
     Returns:
         PruningPolicy: The policy.
@@ -149,14 +188,13 @@ def build_policy(
     Raises:
         ValueError: For an unknown name or an argument out of range.
     """
-    checked = InfoBatchPolicy(prune_ratio, delta)
+    checked = InfoBatchPolicy(prune_ratio, delta)  # arguments out of range are refused whatever the policy
     if isinstance(policy, PruningPolicy):
         return policy
-    if policy == InfoBatchPolicy.name:
-        return checked
     if not isinstance(policy, str) or policy not in _POLICIES:
         raise ValueError(f"unknown policy {policy!r}: choose one of {sorted(_POLICIES)} or pass a PruningPolicy")
-    return _POLICIES[policy]()
+    chosen = _POLICIES[policy]
+    return chosen(checked.prune_ratio, checked.delta) if issubclass(chosen, AnnealedPolicy) else chosen()
 
 
 def _is_number(value: Any) -> bool:

@@ -16,13 +16,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.utils import apply_to
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
 from ..core.distributed import require_equal
-from ..losses import LossWeigher, attach_views
+from ..losses import AttachedViews, LossWeigher, attach_views
 from . import process_state
 from .checkpoints import CheckpointGuard, check_resume_point, check_state
 from .loader import BatchIndices, IndexedLoader, sample_name
@@ -90,6 +89,7 @@ class InfoBatchHook(Hook):
         self._item_seed = item_seed
         self._pruner: Pruner | None = None
         self._weigher = LossWeigher()
+        self._views: AttachedViews | None = None
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
         self._undo: list[Callable[[], None]] = []
@@ -123,7 +123,9 @@ class InfoBatchHook(Hook):
         if len(loop.dataloader.dataset) == 0:
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
 
-        self._undo.append(self._attach(runner, process_state.bare_model(runner), policy))
+        self._views = attach_views(process_state.bare_model(runner), self._weigher, self._score_auxiliary)
+        self._undo.append(self._views.restore)
+        self._tell_what_is_not_separable(runner, policy)
         if isinstance(policy, NoPruning):
             loader = self._watch(loop)
         else:
@@ -155,14 +157,13 @@ class InfoBatchHook(Hook):
         settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
         runner.logger.info(f"InfoBatch: {settings}, {self._pruner.schedule.num_samples} samples")
 
-    def _attach(self, runner: Any, model: nn.Module, policy: PruningPolicy) -> Callable[[], None]:
-        views = attach_views(model, self._weigher, self._score_auxiliary)
-        if views.not_separable and not isinstance(policy, NoPruning):
+    def _tell_what_is_not_separable(self, runner: Any, policy: PruningPolicy) -> None:
+        assert self._views is not None
+        if self._views.not_separable and not isinstance(policy, NoPruning):
             runner.logger.info(
                 "InfoBatch: these losses do not separate over samples; in pruned passes the mean of the samples' own "
-                f"losses is optimised in their place, which is not unbiased: {', '.join(views.not_separable)}"
+                f"losses is optimised in their place, which is not unbiased: {', '.join(self._views.not_separable)}"
             )
-        return views.restore
 
     def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
         """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
@@ -247,7 +248,7 @@ class InfoBatchHook(Hook):
         for undo in reversed(self._undo):
             undo()
         self._undo = []
-        self._pruner = self._pacer = None
+        self._pruner = self._pacer = self._views = None
 
     # ---- resume -----------------------------------------------------------------------------------
 
@@ -401,6 +402,15 @@ class InfoBatchHook(Hook):
             f"{schedule.full_visits(pruner.pass_index)} samples in {pruner.batches} iterations{threshold}{position}"
         )
 
+    def before_train_epoch(self, runner: Any) -> None:
+        """Follow the host's hooks that exchange a loss or a batch augmentation between epochs."""
+        if self._views is not None and self._views.renew():
+            assert self._pruner is not None
+            runner.logger.info(
+                "InfoBatch: the model's losses or batch augmentations were exchanged and are weighed anew"
+            )
+            self._tell_what_is_not_separable(runner, self._pruner.policy)
+
     def _warn_if_nothing_pruned(self, runner: Any) -> None:
         pruner = self._pruner
         assert pruner is not None and pruner.plan is not None
@@ -425,7 +435,7 @@ class InfoBatchHook(Hook):
         else:
             plan = self._pruner.plan
             assert plan is not None
-            self._weigher.begin(self._pruner.weights(indices), pruned=plan.pruned)
+            self._weigher.begin(self._pruner.weights(indices), plan.pruned, indices, plan.pair_weights)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Record the scores of the batch and count its visits."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
 from torch import nn
 
@@ -11,8 +12,12 @@ from .registry import HeadRule, register_head_rule, register_head_view, register
 from .views import SampleLosses
 from .weigher import LossWeigher
 
-#: Host package of a model class -> module with its ``attach_views(model, weigher, score_auxiliary)``.
-_HOSTS = {"mmseg": "infobatch_mm.losses.mmseg", "mmdet": "infobatch_mm.losses.mmdet"}
+#: Host package of a model class -> module with its ``loss_views(model, weigher, score_auxiliary)``.
+_HOSTS = {
+    "mmseg": "infobatch_mm.losses.mmseg",
+    "mmdet": "infobatch_mm.losses.mmdet",
+    "mmpretrain": "infobatch_mm.losses.mmpretrain",
+}
 
 
 def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
@@ -32,7 +37,8 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
     for cls in type(model).__mro__:
         module = _HOSTS.get(cls.__module__.partition(".")[0])
         if module is not None:
-            return importlib.import_module(module).attach_views(model, weigher, score_auxiliary)
+            views = importlib.import_module(module).loss_views
+            return AttachedViews(partial(views, model, weigher, score_auxiliary))
     raise ValueError(
         f"the losses of {type(model).__name__} cannot be weighed per sample: InfoBatchHook knows the models of "
         f"{', '.join(sorted(_HOSTS))}; in a loop of your own use infobatch_mm.InfoBatch"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -16,24 +16,25 @@ class AttachedViews:
     """The views of one model, in place until :meth:`restore`.
 
     Args:
-        views (list[LossView]): What to attach.
+        make (Callable): Makes the views of the model as it is now.
 
     Raises:
         ValueError: If one of them would stand in for another run's view; nothing is attached then.
     """
 
-    def __init__(self, views: list[LossView]) -> None:
+    def __init__(self, make: Callable[[], list[LossView]]) -> None:
+        self._make = make
+        self._views: list[LossView] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        views = _one_for_each_place(self._make())
         for view in views:
             if isinstance(view.host, LossView):
                 raise ValueError(f"{view.title} is weighed by another hook already: keep one InfoBatchHook per model")
-        # A loss module that heads share has one view, which scores if it does for any of them.
-        places: dict[tuple[int, str], LossView] = {}
         for view in views:
-            first = places.setdefault((id(view.owner), view.attribute), view)
-            first.scored = first.scored or view.scored
-        self._views = list(places.values())
-        for view in self._views:
             view.attach()
+        self._views = views
 
     @property
     def vectorised(self) -> bool:
@@ -45,10 +46,28 @@ class AttachedViews:
         """Names of losses that do not separate over samples: in pruned passes each sample's own is optimised."""
         return [view.title for view in self._views if isinstance(view, SamplewiseView) and not view.separable]
 
+    def renew(self) -> bool:
+        """Attach anew if the host has exchanged a loss or a batch augmentation since; returns whether it has."""
+        wanted = {view.place for view in self._make()}
+        if wanted == {view.place for view in self._views} and all(view.in_place for view in self._views):
+            return False
+        self.restore()
+        self._attach()
+        return True
+
     def restore(self) -> None:
         """Give the model back to the host; a second call does nothing."""
         while self._views:
             self._views.pop().restore()
+
+
+def _one_for_each_place(views: list[LossView]) -> list[LossView]:
+    """A loss module that heads share has one view, which scores if it does for any of them."""
+    places: dict[tuple[int, str], LossView] = {}
+    for view in views:
+        first = places.setdefault(view.place, view)
+        first.scored = first.scored or view.scored
+    return list(places.values())
 
 
 def head_views(

@@ -12,10 +12,10 @@ import torch
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
-from .attach import AttachedViews, head_views
+from .attach import head_views
 from .batch import LAYERS_FIRST, have_instances
 from .registry import HeadRule
-from .views import model_views
+from .views import LossView, model_views
 from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
 
 
@@ -37,8 +37,8 @@ def _has_boxes(head: nn.Module, arguments: dict) -> Tensor | None:
     return have_instances(head, arguments)
 
 
-def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
-    """Make the losses of a detector weigh and score its samples.
+def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> list[LossView]:
+    """The views that make the losses of a detector weigh and score its samples.
 
     Args:
         model (nn.Module): A ``BaseDetector``, not wrapped.
@@ -46,7 +46,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         score_auxiliary (bool): Without effect: the score of an image is the sum of all its losses.
 
     Returns:
-        AttachedViews: What was attached.
+        list[LossView]: Not attached yet.
 
     Raises:
         ValueError: With the name of what cannot be weighed and what to do.
@@ -62,7 +62,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
     ]
     if not views:
         raise ValueError(f"{type(model).__name__} has no head with loss_by_feat() or loss_and_target(); {HOW_TO}")
-    return AttachedViews([*views, *model_views(model, weigher)])
+    return [*views, *model_views(model, weigher)]
 
 
 def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, HeadRule]]:

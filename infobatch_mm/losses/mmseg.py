@@ -21,11 +21,11 @@ from mmseg.models.decode_heads.vpd_depth_head import VPDDepthHead
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .attach import AttachedViews, head_views
+from .attach import head_views
 from .batch import LAYERS_FIRST, have_instances
 from .mmseg_losses import has_valid_pixel
 from .registry import HeadRule, register_head_rule, samplewise
-from .views import model_views
+from .views import LossView, model_views
 from .weigher import HOW_TO, LossWeigher
 
 # Their losses all come from loss modules that are called with (B, ...) predictions and labels.
@@ -49,8 +49,8 @@ for _head in (MaskFormerHead, Mask2FormerHead, SideAdapterCLIPHead):
     register_head_rule(_head, HeadRule(trusted=True, axes=LAYERS_FIRST, valid=have_instances), replace=False)
 
 
-def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> AttachedViews:
-    """Make the losses of a segmentor or depth estimator weigh and score its samples.
+def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> list[LossView]:
+    """The views that make the losses of a segmentor or depth estimator weigh and score its samples.
 
     Args:
         model (nn.Module): A ``BaseSegmentor``, not wrapped.
@@ -59,7 +59,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
             score. Defaults to False: the score is the main head's loss.
 
     Returns:
-        AttachedViews: What was attached.
+        list[LossView]: Not attached yet.
 
     Raises:
         ValueError: With the name of what cannot be weighed and what to do.
@@ -76,7 +76,7 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
         raise ValueError(
             f"the decode_head of {type(model).__name__} has no loss to score by: its loss_name needs 'loss'"
         )
-    return AttachedViews([*views, *model_views(model, weigher, _labelled)])
+    return [*views, *model_views(model, weigher, _labelled)]
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .registry import register_loss_factory, samplewise
 from .views import LossView, RowwiseView, SampleLosses, VectorisedView
-from .weigher import LossWeigher, samplewise_sum, valid_per_sample
+from .weigher import LossWeigher, check_reduction, samplewise_sum, valid_per_sample
 
 _EPS = torch.finfo(torch.float32).eps  # what the host adds to its normalisers
 
@@ -55,13 +55,13 @@ def _given_normaliser(reduction: str, avg_factor: float | None) -> float | None:
 
 @register_loss_factory(CrossEntropyLoss, replace=False)
 def _cross_entropy_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-    _check_reduction(module, title)
+    check_reduction(module, title)
     criterion = module.cls_criterion
     if criterion not in (cross_entropy, binary_cross_entropy) and not isinstance(criterion, LossView):
         return samplewise(valid=has_valid_pixel)(module, weigher, scored, title)
     # One below forward, where the host's value can be had by the host's own operations.
     return VectorisedView(
-        module, weigher, scored, title, _cross_entropy, "cls_criterion", factor="loss_weight", trusted=True
+        module, weigher, scored, title, _cross_entropy, "cls_criterion", scaled_by=module, trusted=True
     )
 
 
@@ -162,7 +162,7 @@ def _by_elements(
 
 
 def _elements_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-    _check_reduction(module, title)
+    check_reduction(module, title)
     return VectorisedView(module, weigher, scored, title, _by_elements, trusted=True)
 
 
@@ -192,8 +192,3 @@ for _loss in (TverskyLoss, HuasdorffDisstanceLoss, OhemCrossEntropy):
 
 # Weighs its two classes by their numbers of pixels in the batch.
 register_loss_factory(BoundaryLoss, replace=False)(samplewise(trusted=True, valid=has_valid_pixel))
-
-
-def _check_reduction(module: nn.Module, title: str) -> None:
-    if module.reduction not in ("mean", "sum"):
-        raise ValueError(f"{title} has reduction={module.reduction!r}, which gives no scalar: use reduction='mean'")

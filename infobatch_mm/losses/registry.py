@@ -25,7 +25,8 @@ class HeadRule:
     Attributes:
         by_modules (bool): The head's losses all come from loss modules (attributes called ``loss*``), which
             it calls with the batch first: these are weighed, not the head.
-        method (str): Else the method that computes the losses from predictions.
+        method (str): The method that computes the losses from predictions.
+        overrides (tuple): Other methods that a subclass must leave as they are for the rule to hold for it.
         separable (bool): Else whether these losses are sums over samples once their normalisers are held.
         trusted (bool): Else whether the head needs no proof that it treats the samples of a batch alike.
         axes, rows, valid: See :class:`SamplewiseView`.
@@ -34,6 +35,7 @@ class HeadRule:
 
     by_modules: bool = False
     method: str = "loss_by_feat"
+    overrides: tuple[str, ...] = ()
     separable: bool = False
     trusted: bool = False
     axes: Mapping[str, int | None] | None = None
@@ -161,7 +163,7 @@ def loss_factory(module: nn.Module) -> ViewFactory | None:
 
 def head_rule(head: nn.Module) -> HeadRule | None:
     """What was registered for a head, or None."""
-    return _find(_HEADS, type(head), lambda rule: {"loss_by_feat", "loss_and_target", rule.method})
+    return _find(_HEADS, type(head), lambda rule: {"loss_by_feat", "loss_and_target", rule.method, *rule.overrides})
 
 
 def _find(registry: Mapping[type, Any], cls: type, methods: Callable[[Any], set[str]]) -> Any:

@@ -51,8 +51,20 @@ class LossView:
         """Take the host's place."""
         setattr(self.owner, self.attribute, self)
 
+    @property
+    def place(self) -> tuple[int, str]:
+        """What tells places in a model apart."""
+        return id(self.owner), self.attribute
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the view stands where it was put, and nobody has put something else there."""
+        return vars(self.owner).get(self.attribute) is self
+
     def restore(self) -> None:
-        """Give the host its place back."""
+        """Give the host its place back, unless something else stands there by now."""
+        if not self.in_place:
+            return
         if self._replaced:
             setattr(self.owner, self.attribute, self.host)
         else:
@@ -97,12 +109,15 @@ class SampleLosses:
         counts (Tensor): Number of valid elements (pixels, tokens) in each sample, shape ``(B,)``. The score
             is sums / counts; a sample without a valid element is not scored.
         value (Tensor, optional): The host's own value, where it can be had to the bit.
+        floor (Callable, optional): Gives the smallest value that the loss of each sample can take for its target,
+            shape ``(B,)``; see :meth:`LossWeigher.score`.
     """
 
     sums: Tensor
     normaliser: Tensor | float
     counts: Tensor
     value: Tensor | None = None
+    floor: Callable[[], Tensor] | None = None
 
     def shown(self) -> Tensor:
         """The loss that the host shows."""
@@ -117,7 +132,7 @@ class VectorisedView(LossView):
             host's call, returns :class:`SampleLosses`, or a dict of them as a head returns its losses. A call
             of the module inside it is the host's.
         attribute (str): The method to stand in for. Defaults to ``'forward'``.
-        factor (str, optional): Attribute of the module that the host multiplies the result by.
+        scaled_by (nn.Module, optional): Module whose ``loss_weight`` the host multiplies the result by.
         trusted (bool): Whether the function is known to compute the host's loss. Others are compared with
             the host in the first step.
     """
@@ -131,12 +146,12 @@ class VectorisedView(LossView):
         function: Callable[..., SampleLosses | dict[str, Any]],
         attribute: str = "forward",
         *,
-        factor: str | None = None,
+        scaled_by: nn.Module | None = None,
         trusted: bool = False,
     ) -> None:
         super().__init__(owner, attribute, weigher, scored, title)
         self.function = function
-        self._factor = factor
+        self._scaled_by = scaled_by
         self._trusted = trusted
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,8 +167,10 @@ class VectorisedView(LossView):
 
     def _weigh(self, losses: SampleLosses) -> Tensor:
         if self.scored:
-            factor = 1.0 if self._factor is None else float(getattr(self.owner, self._factor))
-            self.weigher.score(factor * losses.sums.detach() / losses.counts, losses.counts > 0)
+            factor = 1.0 if self._scaled_by is None else float(self._scaled_by.loss_weight)  # type: ignore[arg-type]
+            of_target = losses.floor
+            floor = None if of_target is None else lambda: factor * of_target()
+            self.weigher.score(factor * losses.sums.detach() / losses.counts, losses.counts > 0, floor)
         return self.weigher.weigh(losses.sums, losses.shown(), losses.normaliser, self.title)
 
     def _compare(self, args: tuple, kwargs: dict) -> None:

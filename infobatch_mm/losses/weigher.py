@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Where users find out what to do about a loss that cannot be weighed.
 HOW_TO = "write a view for it (see 'Heads and losses of your own' in docs/losses.md), or train without InfoBatchHook"
@@ -16,6 +16,12 @@ HOW_TO = "write a view for it (see 'Heads and losses of your own' in docs/losses
 def cannot_be_weighed(title: str, why: str) -> ValueError:
     """The refusal of a head or loss: its name, what was found and expected, and what to do."""
     return ValueError(f"{title} cannot be weighed: {why}; {HOW_TO}")
+
+
+def check_reduction(module: nn.Module, title: str) -> None:
+    """Refuse a loss module that is configured to give no scalar."""
+    if module.reduction not in ("mean", "sum"):
+        raise ValueError(f"{title} has reduction={module.reduction!r}, which gives no scalar: use reduction='mean'")
 
 
 class LossWeigher:
@@ -27,6 +33,10 @@ class LossWeigher:
 
     def __init__(self) -> None:
         self._weights: Tensor | None = None
+        self._of_samples: Tensor | None = None
+        self._indices: Tensor | None = None
+        self._pair_weights = torch.mul
+        self._shares: Tensor | None = None
         self._pruned = True
         self._scores: Tensor | None = None
         self._valid: Tensor | None = None
@@ -61,15 +71,72 @@ class LossWeigher:
         """Whether the batch is part of a pruned pass: decides the form of losses that do not separate."""
         return self._pruned
 
-    def begin(self, weights: Tensor, pruned: bool = True) -> None:
+    def begin(
+        self,
+        weights: Tensor,
+        pruned: bool = True,
+        indices: Tensor | None = None,
+        pair_weights: Callable[[Tensor, Tensor], Tensor] = torch.mul,
+    ) -> None:
         """Take the weights of the next batch.
 
         Args:
             weights (Tensor): Shape ``(B,)``, float32; all one in a full pass.
             pruned (bool): Whether the pass leaves samples out. Defaults to True.
+            indices (Tensor, optional): Which samples these are, shape ``(B,)``, int64. Defaults to all different.
+            pair_weights (Callable): Weights of losses that two samples share, from the weights of both; see
+                :meth:`.Plan.pair_weights`. Defaults to their product.
         """
-        self._weights, self._pruned = weights, pruned
+        self._weights = self._of_samples = weights
+        self._indices, self._pair_weights, self._shares = indices, pair_weights, None
+        self._pruned = pruned
         self.restart()
+
+    def mix(self, shares: Tensor) -> None:
+        """Learn that the batch was mixed: each of its images is now made of one or two of its samples.
+
+        From here on the weights are those of the mixed images. An image's loss, and so its score, is divided
+        among its samples by their shares in it.
+
+        Args:
+            shares (Tensor): Share of each sample (column) in each image (row), shape ``(B, B)``; an image's
+                own sample and at most one other have one.
+        """
+        assert self._of_samples is not None
+        weights = self._of_samples = self._of_samples.to(shares.device)
+        own = shares.diagonal()
+        share, partner = (shares - own.diag()).max(dim=1)
+        weights_of_partners = weights[partner]
+        mixed = self._pair_weights(weights, weights_of_partners)
+        if self._indices is not None:  # a repeated sample can be mixed with itself
+            indices = self._indices.to(shares.device)
+            mixed = torch.where(indices == indices[partner], weights, mixed)
+        mixed = torch.where(own > 0, mixed, weights_of_partners)
+        self._weights = torch.where(share > 0, mixed, weights)
+        self._shares = shares
+
+    @contextmanager
+    def narrowed(self, rows: list[int], data_samples: Sequence[Any] | None = None) -> Iterator[None]:
+        """Take a part of the batch for the batch: for losses that are computed over some of its samples.
+
+        Args:
+            rows (list[int]): Their places in the batch.
+            data_samples (Sequence, optional): What their losses are given for data samples.
+        """
+        assert self._weights is not None
+        outer = self._weights, self.data_samples, self._scores, self._valid
+        places = torch.tensor(rows, device=self._weights.device)
+        self._weights, self.data_samples = self._weights[places], data_samples
+        self._scores = self._valid = None
+        try:
+            yield
+        finally:
+            scores, valid = self._scores, self._valid
+            self._weights, self.data_samples, self._scores, self._valid = outer
+        if scores is not None and valid is not None:
+            places = places.to(scores.device)
+            whole = scores.new_zeros(self.batch_size)
+            self.score(whole.index_copy(0, places, scores), whole.bool().index_copy(0, places, valid))
 
     def restart(self) -> None:
         """Forget the scores so far: the batch goes through the model once more."""
@@ -86,7 +153,9 @@ class LossWeigher:
         scores, valid = self._scores, self._valid
         if valid is not None and self.labelled is not None:
             valid = valid & self.labelled.to(valid.device)
-        self._weights = None
+        if scores is not None and valid is not None and self._shares is not None:
+            scores, valid = _divided(scores, valid, self._shares)
+        self._weights = self._of_samples = self._shares = None
         self.restart()
         return scores, valid
 
@@ -150,7 +219,7 @@ class LossWeigher:
         shape = [-1 if dim == axis else 1 for dim in range(predictions.dim())]
         return ScaledGradient.apply(predictions, weights.view(shape))
 
-    def score(self, mean_loss: Tensor, valid: Tensor | None = None) -> None:
+    def score(self, mean_loss: Tensor, valid: Tensor | None = None, floor: Callable[[], Tensor] | None = None) -> None:
         """Add one loss to the scores of the batch's samples.
 
         A term without a valid pixel in a sample adds nothing there; a sample is scored if any term has one.
@@ -159,7 +228,11 @@ class LossWeigher:
             mean_loss (Tensor): Mean of the loss over each sample's valid pixels, shape ``(B,)``.
             valid (Tensor, optional): Whether a sample has a valid pixel, shape ``(B,)``, bool, on any device.
                 Defaults to all.
+            floor (Callable, optional): Gives the smallest value that this loss can take for each of the
+                targets, shape ``(B,)``. Targets of mixed images have different ones: it is taken off there.
         """
+        if self._shares is not None and floor is not None:
+            mean_loss = mean_loss.detach() - floor()
         if valid is None:
             valid = torch.ones_like(mean_loss, dtype=torch.bool)
         valid = valid.to(mean_loss.device)
@@ -194,6 +267,15 @@ class ScaledGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weights,) = ctx.saved_tensors
         return (grads[0] * weights).to(grads[0].dtype), None
+
+
+def _divided(scores: Tensor, valid: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of samples from those of the mixed images they have shares in."""
+    shares = torch.where(valid[:, None], shares.to(scores), 0.0)
+    total = shares.sum(0)
+    # No product with what a sample has no share in: 0 times NaN is NaN.
+    parts = torch.where(shares > 0, shares * scores[:, None], 0.0)
+    return parts.sum(0) / total, total > 0
 
 
 def samplewise_sum(elementwise: Tensor) -> Tensor:
