@@ -59,19 +59,23 @@ class PlanSampler(Sampler[int]):
         rank (int): This process. Defaults to 0.
         world (int): Number of processes. Defaults to 1.
         round_up (bool): Whether every process gets the same number of visits. Defaults to True.
+        repeats (int): Repeated augmentation (Hoffer et al., CVPR 2020): as many visits as the plan has, of so
+            many times fewer samples, each repeated one after the other. Which samples is the plan's random
+            order, so that the expected visits of each are the plan's. Defaults to 1.
     """
 
-    def __init__(self, pruner: Pruner, rank: int = 0, world: int = 1, round_up: bool = True) -> None:
+    def __init__(self, pruner: Pruner, rank: int = 0, world: int = 1, round_up: bool = True, repeats: int = 1) -> None:
         self.pruner = pruner
         self.rank = rank
         self.world = world
         self.round_up = round_up
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[int]:
         """Walk the rest of the pass; draws its plan if there is none in flight."""
         pruner = self.pruner
         start = pruner.visited // self.world
-        indices = self._share(pruner.begin_pass().indices)[start:]
+        indices = self._share(self._repeated(pruner.begin_pass().indices))[start:]
         for block in indices.split(_BLOCK):
             yield from self._with_seeds(block.tolist(), start) if pruner.item_seed else block.tolist()
             start += len(block)
@@ -94,6 +98,12 @@ class PlanSampler(Sampler[int]):
 
     def _share_of(self, visits: int) -> int:
         return math.ceil((visits - (0 if self.round_up else self.rank)) / self.world)
+
+    def _repeated(self, indices: Tensor) -> Tensor:
+        if self.repeats == 1:
+            return indices
+        visits = len(indices)
+        return indices[: math.ceil(visits / self.repeats)].repeat_interleave(self.repeats)[:visits]
 
     def _share(self, indices: Tensor) -> Tensor:
         missing = -len(indices) % self.world

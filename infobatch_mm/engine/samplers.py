@@ -15,6 +15,8 @@ from .loader import IndexedLoader, check_indexable
 
 #: Samplers that visit every sample once per pass, so that a plan can take their place.
 _REPLACEABLE = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)
+#: MMPretrain's, by name: MMEngine alone must do.
+_REPEAT_AUG = "mmpretrain.datasets.samplers.repeat_aug.RepeatAugSampler"
 
 
 @DATA_SAMPLERS.register_module()
@@ -35,6 +37,8 @@ class InfoBatchSampler(PlanSampler):
         seed (int, optional): Seed of the draws. Defaults to the runner's.
         round_up (bool): Whether full passes of an epoch loop give every process the same number of
             samples by repeating some. Defaults to True.
+        num_repeats (int): Repeated augmentation, as MMPretrain's ``RepeatAugSampler`` makes it: a pass has as
+            many visits as without, of so many times fewer samples. Needs ``shuffle``. Defaults to 1.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -49,7 +53,15 @@ class InfoBatchSampler(PlanSampler):
         shuffle: bool = True,
         seed: int | None = None,
         round_up: bool = True,
+        num_repeats: int = 1,
     ) -> None:
+        if num_repeats < 1:
+            raise ValueError(f"num_repeats={num_repeats}: a sample is visited at least once; use 1 for no repetition")
+        if num_repeats > 1 and not shuffle:
+            raise ValueError(
+                f"num_repeats={num_repeats} with shuffle=False visits the same part of the data in every pass: use "
+                "shuffle=True"
+            )
         self.settings = given(prune_ratio=prune_ratio, delta=delta, policy=policy)
         build_policy(**self.settings)
         self.rank, self.world = get_dist_info()
@@ -57,6 +69,7 @@ class InfoBatchSampler(PlanSampler):
         self.shuffle = shuffle
         self.seed = sync_random_seed() if seed is None else seed
         self.round_up = round_up
+        self.repeats = num_repeats
         self.pruner: Pruner | None = None  # type: ignore[assignment]
 
     def bind(self, pruner: Pruner) -> None:
@@ -113,14 +126,19 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
     sampler = host_sampler(loader)
     if not isinstance(sampler, InfoBatchSampler):
         check_indexable(loader)
-        if type(sampler) not in _REPLACEABLE or getattr(sampler, "replacement", False):
+        repeated = f"{type(sampler).__module__}.{type(sampler).__qualname__}" == _REPEAT_AUG
+        if not (repeated or type(sampler) in _REPLACEABLE) or getattr(sampler, "replacement", False):
             raise ValueError(
                 f"the train_dataloader uses {type(sampler).__name__}, which does not visit every sample once per "
                 "pass: a plan cannot take its place; use DefaultSampler or InfiniteSampler, or policy='none'"
             )
         shuffle = getattr(sampler, "shuffle", not isinstance(sampler, SequentialSampler))
         sampler = InfoBatchSampler(
-            loader.dataset, shuffle=shuffle, seed=seed, round_up=getattr(sampler, "round_up", True)
+            loader.dataset,
+            shuffle=shuffle,
+            seed=seed,
+            round_up=getattr(sampler, "round_up", True),
+            num_repeats=sampler.num_repeats if repeated else 1,
         )
     if not sampler.round_up and sampler.num_samples % sampler.world:
         raise ValueError(
