@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from infobatch_mm.core import ScoreStore
 from infobatch_mm.losses import LossWeigher, attach_views
 
 
@@ -24,6 +25,7 @@ def paired_steps(
 ) -> list[tuple[float, float]]:
     """Time SGD steps of one model on one batch, alternately.
 
+    A weighed step also looks its weights up by index and records its scores, as the hook does in a run.
     Views stay attached, and hand everything to the host in the steps without weights: what is found out in a
     run's first step is done in the warm-up.
 
@@ -41,18 +43,20 @@ def paired_steps(
         list: Seconds with weighing and without, of each pair.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    weigher = LossWeigher()
+    weigher, store = LossWeigher(), ScoreStore(len(weights))
+    indices = torch.arange(len(weights))
     views = attach_views(model, weigher)
 
     def step(weighed: bool) -> float:
         start = time.perf_counter()
         if weighed:
-            weigher.begin(weights)
+            weigher.begin(weights[indices], True, indices)
         loss().backward()
         optimizer.step()
         optimizer.zero_grad()
         if weighed:
-            weigher.end()
+            scores, valid = weigher.end()
+            store.record(indices, scores, valid)
         return time.perf_counter() - start
 
     def pair(weighed_first: bool) -> tuple[float, float]:

@@ -1,8 +1,10 @@
-"""Cost of weighing: one training step with the loss views on, against the host's own step.
+"""Cost of the hook in a training step, against the host's own step.
 
-    python benchmarks/step.py [CONFIG] [--crop 64] [--batch-size 8] [--pairs 60]
+    python benchmarks/step.py [CONFIG] [--size 64] [--batch-size 8] [--pairs 60]
 
-Steps of the same model on the same batch alternate; the figure is the median of the paired ratios.
+Steps of the same model on the same batch alternate; the figure is the median of the paired ratios. A step with the hook
+looks the batch's weights up, weighs its losses and records its scores, as in a run; a step without is the host's own
+preprocessing, forward and backward pass and update. Loading data is in neither.
 """
 
 from __future__ import annotations
@@ -10,52 +12,69 @@ from __future__ import annotations
 import argparse
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
 from paired import paired_steps
+from torch import nn
 
 DEFAULT = Path(__file__).parents[1] / "configs/demo/fcn_r18-tiny_1xb8-1k_demo-96x96.py"
 
 
-def random_batch(batch_size: int, crop: int, num_classes: int) -> tuple[torch.Tensor, list[SegDataSample]]:
-    """Random images, shape (B, 3, crop, crop), and labels."""
-    samples = []
-    for _ in range(batch_size):
-        sample = SegDataSample(metainfo=dict(img_shape=(crop, crop), ori_shape=(crop, crop)))
-        sample.gt_sem_seg = PixelData(data=torch.randint(0, num_classes, (1, crop, crop)))
-        samples.append(sample)
-    return torch.randn(batch_size, 3, crop, crop), samples
+def segmentation_samples(model: nn.Module, batch_size: int, size: int) -> list[Any]:
+    """Random labels for each pixel."""
+    from mmseg.structures import SegDataSample
+
+    samples = [SegDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size))) for _ in range(batch_size)]
+    for sample in samples:
+        sample.gt_sem_seg = PixelData(data=torch.randint(0, model.decode_head.num_classes, (1, size, size)))
+    return samples
+
+
+def classification_samples(model: nn.Module, batch_size: int, size: int) -> list[Any]:
+    """Random labels."""
+    from mmpretrain.structures import DataSample
+
+    return [DataSample().set_gt_label(int(torch.randint(0, model.head.num_classes, ()))) for _ in range(batch_size)]
+
+
+SAMPLES = {"mmseg": segmentation_samples, "mmpretrain": classification_samples}
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="cost of weighing a training step")
-    parser.add_argument("config", nargs="?", default=str(DEFAULT))
-    parser.add_argument("--crop", type=int, default=64)
+    parser = argparse.ArgumentParser(description="cost of the hook in a training step")
+    parser.add_argument("config", nargs="?", default=str(DEFAULT), help="of MMSegmentation or MMPretrain")
+    parser.add_argument("--size", type=int, default=64, help="width and height of the images")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=60)
     args = parser.parse_args()
 
     torch.manual_seed(0)
     cfg = Config.fromfile(args.config)
-    init_default_scope("mmseg")
+    scope = cfg.get("default_scope", "mmengine")
+    if scope not in SAMPLES:
+        parser.error(f"{args.config} has default_scope={scope!r}: choose one of {', '.join(SAMPLES)}")
+    init_default_scope(scope)
+    cfg.model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))
     model = MODELS.build(cfg.model).train()
-    images, samples = random_batch(args.batch_size, args.crop, model.decode_head.num_classes)
-    weights = torch.rand(args.batch_size) + 0.5
+    images = list(torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8))
+    samples = SAMPLES[scope](model, args.batch_size, args.size)
 
     def loss() -> torch.Tensor:
-        return model.parse_losses(model.loss(images, samples))[0]
+        batch = model.data_preprocessor(dict(inputs=images, data_samples=samples), True)
+        return model.parse_losses(model.loss(**batch))[0]
 
+    weights = torch.rand(args.batch_size) + 0.5
     pairs = paired_steps(model, loss, weights, lr=1e-3, most=args.pairs, least=args.pairs, warm_up=5)
     ratios = sorted(on / off for on, off in pairs)
     host = statistics.median(off for _, off in pairs)
     quartiles = statistics.quantiles(ratios, n=4)
     print(
-        f"{Path(args.config).stem}: host step {host * 1e3:.1f} ms, with weighing x {statistics.median(ratios):.3f} "
+        f"{Path(args.config).stem}: host step {host * 1e3:.1f} ms, with the hook x {statistics.median(ratios):.3f} "
         f"(quartiles {quartiles[0]:.3f}-{quartiles[2]:.3f}, {args.pairs} pairs, {torch.get_num_threads()} threads)"
     )
 
