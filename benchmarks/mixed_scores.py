@@ -2,8 +2,8 @@
 
     python benchmarks/mixed_scores.py CIFAR10_NPZ [--epochs 10] [--passes 8]
 
-A small ResNet is trained under Mixup and CutMix. Then, with the weights held, every image goes through so many passes
-of mixed batches, and the scores that different rules make of them are compared with the sample's mean cross entropy over
+A small ResNet is trained under Mixup and CutMix. Then, with the weights held, every image goes through so many
+passes of mixed batches, and the scores that different rules make of them are compared with its mean cross entropy over
 as many unmixed views: by Spearman's rank correlation, of one pass and of the mean over all, and by the share of samples
 that both put on the same side of the mean, which is what InfoBatch prunes by.
 """

@@ -26,6 +26,8 @@ from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine import InfoBatchHook
 from infobatch_mm.engine.hook import check_runner
 from infobatch_mm.engine.samplers import InfoBatchSampler, pass_loader
+from infobatch_mm.losses import LossWeigher, attach_views
+from infobatch_mm.losses.mixing import MixingView
 
 from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, config, train
@@ -140,6 +142,24 @@ def sharded_model(case: Case) -> None:
     runner = Runner.from_cfg(config(case.scenes, case.folder))
     runner._world_size, runner.model = 2, ShardedModel()
     check_runner(runner)
+
+
+def no_classifier(case: Case) -> None:
+    selfsup = pytest.importorskip("mmpretrain.models.selfsup")
+    attach_views(selfsup.MAE.__new__(selfsup.MAE), LossWeigher())
+
+
+class MixThree:
+    def __call__(self, images: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images, (scores + scores.roll(1, 0) + scores.roll(2, 0)) / 3
+
+
+def mix_three(case: Case) -> None:
+    preprocessor, weigher = torch.nn.Module(), LossWeigher()
+    preprocessor.batch_augments = MixThree()
+    MixingView(preprocessor, "batch_augments", weigher, trusted=False).attach()
+    weigher.begin(torch.ones(4))
+    preprocessor.batch_augments(torch.zeros(4, 3, 2, 2), torch.eye(4))
 
 
 def uneven_processes(case: Case) -> None:
@@ -279,6 +299,10 @@ CASES: dict[str, Callable[[Case], Any]] = {
         lambda cfg: cfg.model.decode_head.update(loss_decode=dict(type="CrossEntropyLoss", reduction="none"))
     ),
     "`round_up=False` where samples do not divide": uneven_processes,
+    "`num_repeats=0`": lambda case: InfoBatchSampler(range(10), num_repeats=0),
+    "repeated augmentation of a fixed order": lambda case: InfoBatchSampler(range(10), shuffle=False, num_repeats=3),
+    "a model of MMPretrain that is no classifier": no_classifier,
+    "a batch augmentation that mixes three samples": mix_three,
     "DeepSpeed, FSDP and other strategies of `FlexibleRunner`": flexible_runner,
     "a model that is sharded by its wrapper": sharded_model,
     "processes with another seed, data set or order of it": differing_processes,
