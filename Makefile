@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 OPS := .venv-ops
 DEMO := configs/demo/fcn_r18-tiny_1xb8
+DEMO_CLS := configs/resnet/resnet18-tiny_1xb32
 BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup ops demo demo-data test test-slow test-ops faults lint zoo clean
+.PHONY: help setup ops demo demo-data demo-cls demo-shapes test test-slow test-ops faults lint zoo clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup      virtual environment in $(VENV) with the package and its extras"
 	@echo "make demo       train a small segmentor without and with InfoBatch, and compare"
 	@echo "make demo-data  draw the demo's data set into data/demo"
+	@echo "make demo-cls   the same with a small classifier, on what make demo-shapes draws into data/demo-shapes"
 	@echo "make test       default test suite;  make test-slow: the long tests"
 	@echo "make faults     kill trainings and resume them, about five minutes"
 	@echo "make lint       ruff and mypy"
@@ -41,7 +43,7 @@ $(OPS)/.installed: setup.py
 	$(OPS)/bin/python -c 'import mmcv._ext, mmdet.models'
 	touch $@
 
-data/demo/.drawn: $(VENV)/.installed infobatch_mm/demo/street.py
+data/demo/.drawn: $(VENV)/.installed infobatch_mm/demo/street.py infobatch_mm/demo/photo.py
 	$(BIN)/python -m infobatch_mm.demo.street data/demo
 	touch $@
 
@@ -49,6 +51,15 @@ demo-data: data/demo/.drawn
 
 demo: demo-data
 	$(BIN)/python tools/compare.py $(DEMO)-1k_demo-96x96.py $(DEMO)-infobatch-1k_demo-96x96.py --work-dir work_dirs/demo
+
+data/demo-shapes/.drawn: $(VENV)/.installed infobatch_mm/demo/shapes.py infobatch_mm/demo/photo.py
+	$(BIN)/python -m infobatch_mm.demo.shapes data/demo-shapes
+	touch $@
+
+demo-shapes: data/demo-shapes/.drawn
+
+demo-cls: demo-shapes
+	$(BIN)/python tools/compare.py $(DEMO_CLS)-16e_demo-32px.py $(DEMO_CLS)-infobatch-16e_demo-32px.py --work-dir work_dirs/demo-cls
 
 # Two tests at a time, each with one thread.
 test: $(VENV)/.installed
@@ -72,4 +83,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(OPS) work_dirs data/demo
+	rm -rf $(VENV) $(OPS) work_dirs data/demo data/demo-shapes

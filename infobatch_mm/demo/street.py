@@ -12,7 +12,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
+
+from .photo import draw_difficulty, photograph
 
 #: Class -> its value in ADE20K's annotations (1-150, 0 is unlabelled) and the usual colour of its surface.
 CLASSES: dict[str, tuple[int, tuple[int, int, int]]] = {
@@ -65,11 +67,7 @@ def draw_scene(rng: np.random.Generator, difficulty: float, size: int) -> tuple[
 
     # What cannot be told is not labelled: a thin frame around nothing in particular, as annotators leave.
     on_label.line([0, horizon, size, horizon], fill=0, width=1)
-    if difficulty > 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(1.5 * difficulty))
-    pixels = np.asarray(image, dtype=np.float32) * (1 - 0.5 * difficulty * rng.uniform())
-    pixels += rng.normal(0, 4 + 45 * difficulty, pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), label
+    return photograph(image, rng, difficulty), label
 
 
 def _colour(rng: np.random.Generator, name: str, difficulty: float) -> tuple[int, int, int]:
@@ -100,7 +98,7 @@ def draw_dataset(root: str | Path, num_train: int = 480, num_val: int = 120, siz
         for folder in ("images", "annotations"):
             (root / folder / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            image, label = draw_scene(rng, float(rng.beta(0.7, 2.5)), size)
+            image, label = draw_scene(rng, draw_difficulty(rng), size)
             image.save(root / "images" / split / f"{i:05d}.jpg", quality=95)
             label.save(root / "annotations" / split / f"{i:05d}.png")
     return root
