@@ -39,6 +39,7 @@ def mixed_scores(model: nn.Module, weigher: LossWeigher, data: dict) -> Iterator
     weigher.begin(torch.ones(len(data["inputs"])), pruned=False)
     batch = model.data_preprocessor(data, True)
     shares = weigher._shares
+    assert shares is not None  # the preprocessor has mixed
     model.loss(**batch)
     ours, _ = weigher.end()
     with weigher.suspended():
