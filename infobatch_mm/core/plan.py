@@ -57,12 +57,13 @@ class Plan:
         """(K-1) / (N-1), the weight of thinned samples, and what drawing them without replacement changes."""
         level = float(self.weights.max()) if len(self) else 1.0
         kept = int(torch.count_nonzero(self.weights == level))
-        if level == 1.0 or kept < 2 or len(self) < 2:
+        if level == 1.0 or len(self) < 2:
             return 1.0, level, 1.0
         # An unbiased plan's weights add up to the samples it stands for.
         population = float(self.weights.sum(dtype=torch.float64))
         candidates = level * kept
-        return (len(self) - 1) / (population - 1), level, kept * (candidates - 1) / ((kept - 1) * candidates)
+        without_replacement = kept * (candidates - 1) / (max(1, kept - 1) * candidates)  # one alone makes no pair
+        return (len(self) - 1) / (population - 1), level, without_replacement
 
     def first(self, visits: int) -> Plan:
         """The plan cut after its first ``visits`` visits; a random part of it, as plans are shuffled."""

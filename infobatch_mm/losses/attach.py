@@ -98,12 +98,7 @@ def head_views(
     rule = head_rule(head) or default
     if rule.by_modules:
         yield OrderView(head, rule.method, weigher, scored=False, title=title)
-        for attribute, module in _loss_modules(head):
-            factory = loss_factory(module) or default_loss or samplewise()
-            # The host trains on what has "loss" in its name and only displays the rest.
-            counts = scored and "loss" in getattr(module, "loss_name", "loss")
-            loss = f"{name}.{attribute} ({type(module).__name__} of {type(head).__name__})"
-            yield factory(module, weigher, counts, loss)
+        yield from module_views(name, head, weigher, scored, default_loss)
         return
     if not callable(getattr(head, rule.method, None)):
         raise ValueError(f"{title} has no {rule.method}(): its losses cannot be weighed; {HOW_TO}")
@@ -122,6 +117,18 @@ def head_views(
         rows=rule.rows,
         valid=rule.valid or default.valid,
     )
+
+
+def module_views(
+    name: str, head: nn.Module, weigher: LossWeigher, scored: bool, default_loss: ViewFactory | None = None
+) -> Iterator[LossView]:
+    """The views of a head's loss modules alone; arguments as those of :func:`head_views`."""
+    for attribute, module in _loss_modules(head):
+        factory = loss_factory(module) or default_loss or samplewise()
+        # The host trains on what has "loss" in its name and only displays the rest.
+        counts = scored and "loss" in getattr(module, "loss_name", "loss")
+        loss = f"{name}.{attribute} ({type(module).__name__} of {type(head).__name__})"
+        yield factory(module, weigher, counts, loss)
 
 
 def _loss_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -65,7 +65,16 @@ class BatchedArguments:
         Data samples are shallow copies: heads write into them.
         """
         pieces = self._map(self._split, lambda values: _Pieces([like(values, [value]) for value in values]))
+        pieces = self._for_one(pieces)
         return [{name: _pick(value, i) for name, value in pieces.items()} for i in range(self.batch_size)]
+
+    def _for_one(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with a number of samples to divide by, which heads give as ``avg_factor``, that is 1."""
+        given: dict[str, Any] = {name: self._for_one(value) for name, value in arguments.items() if type(value) is dict}
+        divisor = arguments.get("avg_factor")
+        if isinstance(divisor, (int, float)) and divisor == self.batch_size:
+            given["avg_factor"] = 1
+        return {**arguments, **given}
 
     def mapped(self, function: Callable[[Tensor, int, list[int] | None], Tensor]) -> dict[str, Any]:
         """The arguments with ``function(tensor, axis, rows)`` in place of each batched tensor with gradient."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .weigher import HOW_TO, ScaledGradient, ValueOfOne
 
 _WEIGHED = (ValueOfOne._backward_cls, ScaledGradient._backward_cls)  # type: ignore[attr-defined]
+#: A compiled function is one node, in which nothing can be seen; so are ours within one.
+_COMPILED = ("CompiledFunctionBackward", "ApplyTemplateBackward")
 
 
 class Coverage:
@@ -61,7 +63,7 @@ def _unweighed_parameter(loss: Tensor) -> Tensor | None:
     stack, seen = [loss.grad_fn], set()
     while stack:
         node = stack.pop()
-        if node in seen or isinstance(node, _WEIGHED):
+        if node in seen or isinstance(node, _WEIGHED) or type(node).__name__ in _COMPILED:
             continue
         seen.add(node)
         leaf = getattr(node, "variable", None)

@@ -31,7 +31,8 @@ class MixingView(LossView):
 
     def __init__(self, owner: nn.Module, attribute: str, weigher: LossWeigher, *, trusted: bool) -> None:
         super().__init__(owner, attribute, weigher, scored=False)
-        self.title = f"the batch augmentation {type(self.host).__name__}"
+        named = owner if isinstance(owner, nn.Module) and attribute == "forward" else self.host
+        self.title = f"the batch augmentation {getattr(named, '__name__', type(named).__name__)}"
         self._trusted = trusted
 
     def weighed(self, images: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -57,11 +58,15 @@ class MixingView(LossView):
         )
         if not same:
             raise self._refused("it gives other images or targets when there are more classes")
+        if shares.shape[0] != shares.shape[1]:
+            raise self._refused(f"it makes {shares.shape[0]} images of {shares.shape[1]} samples")
         most = int(torch.count_nonzero(shares, dim=1).max())
-        if shares.shape[0] != shares.shape[1] or most > 2:
+        if most > 2:
             raise self._refused(f"it makes an image of {most} samples, expected one or two")
         whole = shares.sum(1)
-        if bool((shares < 0).any()) or not torch.allclose(whole, torch.ones_like(whole), atol=1e-3):
+        if bool((shares < 0).any()):
+            raise self._refused("a sample has a negative share in an image")
+        if not torch.allclose(whole, torch.ones_like(whole), atol=1e-3):
             raise self._refused("the shares of the samples in an image do not add up to 1")
         others = shares - shares.diagonal().diag()
         if bool((torch.count_nonzero(others, dim=1) > 1).any()):

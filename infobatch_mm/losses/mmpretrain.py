@@ -12,7 +12,7 @@ from mmpretrain.models.retrievers import ImageToImageRetriever
 from torch import nn
 
 from . import mmpretrain_losses  # noqa: F401  (registers the views of losses)
-from .attach import head_views
+from .attach import head_views, module_views
 from .mixing import MixingView
 from .registry import HeadRule, head_rule, register_head_rule
 from .results import losses_in, replace_losses
@@ -43,7 +43,11 @@ class TaskView(LossView):
         rows = [i for i, sample in enumerate(data_samples) if self.task in sample]
         if not rows:  # the host gives a 0 that trains nothing
             result = self.host(feats, data_samples, **kwargs)
-            return replace_losses(result, {path: self.weigher.mark(loss) for path, loss in losses_in(result)})
+            losses = dict(losses_in(result))
+            for loss in losses.values():
+                nothing = loss.new_zeros(len(data_samples))
+                self.weigher.score(nothing, nothing.bool())
+            return replace_losses(result, {path: self.weigher.mark(loss) for path, loss in losses.items()})
         with self.weigher.narrowed(rows, [data_samples[i].get(self.task) for i in rows]):
             return self.host(feats, data_samples, **kwargs)
 
@@ -68,11 +72,25 @@ def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = F
     if head is not None:
         views = list(_head_views("head", head, weigher))
     elif isinstance(getattr(model, "loss_module", None), nn.Module):  # timm's and Hugging Face's have no head
-        rule = HeadRule(by_modules=True, method="_get_loss")
-        views = list(head_views("model", model, weigher, scored=True, default=rule))
+        views = list(_headless_views(model, weigher))
     else:
         raise ValueError(f"{type(model).__name__} has no head and no loss_module: nothing to weigh; {HOW_TO}")
     return [*views, *_mixing(model, weigher), *model_views(model, weigher)]
+
+
+def _headless_views(model: nn.Module, weigher: LossWeigher) -> Iterator[LossView]:
+    """Views of a classifier that calls its loss module itself, in a ``_get_loss`` as the host's do."""
+    if not hasattr(model, "_get_loss"):
+        yield from module_views("model", model, weigher, scored=True)
+        return
+    by_modules = _defined_by_host(model, "loss") and _defined_by_host(model, "_get_loss")
+    rule = HeadRule(by_modules=by_modules, method="_get_loss")
+    yield from head_views("model", model, weigher, scored=True, default=rule)
+
+
+def _defined_by_host(module: nn.Module, method: str) -> bool:
+    owner = next(cls for cls in type(module).__mro__ if method in vars(cls))
+    return owner.__module__.startswith("mmpretrain.")
 
 
 def _head_views(name: str, head: nn.Module, weigher: LossWeigher, task: bool = False) -> Iterator[LossView]:
@@ -101,4 +119,7 @@ def _mixing(model: nn.Module, weigher: LossWeigher) -> Iterator[LossView]:
         host = augment.host if isinstance(augment, MixingView) else augment
         parts = [host, *getattr(host, "augments", [])]
         known = all(part is None or type(part).__module__.startswith("mmpretrain.") for part in parts)
-        yield MixingView(preprocessor, "batch_augments", weigher, trusted=known)
+        if isinstance(augment, nn.Module):  # nothing but a module may take its place
+            yield MixingView(augment, "forward", weigher, trusted=known)
+        else:
+            yield MixingView(preprocessor, "batch_augments", weigher, trusted=known)

@@ -58,7 +58,7 @@ def _cross_entropy(
 
     def entropy() -> Tensor:
         """The loss of the best prediction there is: targets of mixed images, or smoothed ones, are soft."""
-        target = label.to(pred.dtype)
+        target = label.to(torch.promote_types(pred.dtype, torch.float32))
         per_class = torch.special.entr(target)
         return (per_class + torch.special.entr(1 - target) if module.use_sigmoid else per_class).sum(1)
 

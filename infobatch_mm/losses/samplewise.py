@@ -70,7 +70,7 @@ class SamplewiseView(LossView):
         self._signature = inspect.signature(self.host)
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        if asks_for_elements(kwargs):
+        if asks_for_elements(args, kwargs):
             return self.host(*args, **kwargs)
         batch = self._batched(args, kwargs)
         valid = None if self._valid is None else self._valid(self.owner, dict(batch.arguments))

@@ -88,7 +88,7 @@ class LossView:
     # of this run.
     def __deepcopy__(self, memo: dict) -> Callable:
         if self._replaced:
-            return self.host
+            return copy.deepcopy(self.host, memo)
         return getattr(type(self.owner), self.attribute).__get__(copy.deepcopy(self.owner, memo))
 
     def __reduce__(self) -> tuple:
@@ -155,7 +155,7 @@ class VectorisedView(LossView):
         self._trusted = trusted
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        if asks_for_elements(kwargs):
+        if asks_for_elements(args, kwargs):
             return self.host(*args, **kwargs)
         if not self._trusted:
             self._compare(args, kwargs)
@@ -263,7 +263,7 @@ class ModelView(LossView):
 
 
 class ParsedLossesView(LossView):
-    """Stands in for a model's ``parse_losses``: what it is given is what is optimised."""
+    """Stands in for a model's ``parse_losses``: what it is given, and what it makes of it, is what is optimised."""
 
     def __init__(self, owner: nn.Module, weigher: LossWeigher, coverage: Coverage) -> None:
         super().__init__(owner, "parse_losses", weigher, scored=False)
@@ -272,7 +272,11 @@ class ParsedLossesView(LossView):
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             self._coverage.check(dict(losses_in(value)), self.weigher.pruned, parsed=True)
-        return self.host(*args, **kwargs)
+        result = self.host(*args, **kwargs)
+        total = result[0] if isinstance(result, tuple) else result
+        if isinstance(total, Tensor):
+            self._coverage.check({("the total of parse_losses",): total}, self.weigher.pruned, parsed=True)
+        return result
 
 
 def model_views(
@@ -285,9 +289,10 @@ def model_views(
     return [ModelView(model, weigher, coverage, labelled), ParsedLossesView(model, weigher, coverage)]
 
 
-def asks_for_elements(kwargs: dict[str, Any]) -> bool:
+def asks_for_elements(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a loss is called for its elements: pixel samplers choose pixels by them, nothing is optimised."""
-    return "none" in (kwargs.get("reduction_override"), kwargs.get("reduction"))
+    given = (*args, kwargs.get("reduction_override"), kwargs.get("reduction"))
+    return any(isinstance(value, str) and value == "none" for value in given)
 
 
 def _identity(host: Callable) -> Callable:
