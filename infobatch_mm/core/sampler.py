@@ -103,6 +103,8 @@ class PlanSampler(Sampler[int]):
         if self.repeats == 1:
             return indices
         visits = len(indices)
+        if self.round_up:  # by the next copies, as the host does
+            visits = math.ceil(visits / self.world) * self.world
         return indices[: math.ceil(visits / self.repeats)].repeat_interleave(self.repeats)[:visits]
 
     def _share(self, indices: Tensor) -> Tensor:

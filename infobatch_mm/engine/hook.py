@@ -90,6 +90,7 @@ class InfoBatchHook(Hook):
         self._pruner: Pruner | None = None
         self._weigher = LossWeigher()
         self._views: AttachedViews | None = None
+        self._views_due = False
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
         self._undo: list[Callable[[], None]] = []
@@ -151,6 +152,7 @@ class InfoBatchHook(Hook):
             loop.pruner = self._pruner
             self._pacer = SchedulerPacer(runner, self._steps_due)
             self._undo.append(self._pacer.restore)
+            self._keep_validation_aside(runner)
         self._undo.append(CheckpointGuard(runner, partial(self._exchanged, runner)).restore)
         if runner._resume:
             check_summary(runner.work_dir, self._pruner.summary())
@@ -299,7 +301,7 @@ class InfoBatchHook(Hook):
         pruner.visits_before = pruner.samples_full - pruner.visited
         runner.logger.warning(
             f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
-            f"{pruner.pass_index + 1} of {pruner.schedule.num_passes}, which visits every sample"
+            f"{pruner.pass_index + 1} of {pruner.schedule.num_passes}"
         )
 
     def _go_on(self, runner: Any, state: dict[str, Any]) -> None:
@@ -348,15 +350,26 @@ class InfoBatchHook(Hook):
         else:
             pruner.start_at(done, rest, max(1, pruner.schedule.full_visits(done)))
 
-    def before_val(self, runner: Any) -> None:
-        """Keep validation out of the random streams: a run that resumes after it does not repeat it."""
-        self._rng_before_val = rng.capture() if self._pacer is not None else None
+    def _keep_validation_aside(self, runner: Any) -> None:
+        """Keep validation, and what hooks do before and after it, out of the random streams of this run.
 
-    def after_val(self, runner: Any) -> None:
-        """Go on with the generators as they were before validation."""
-        if self._rng_before_val is not None:
-            rng.restore(self._rng_before_val)
-            self._rng_before_val = None
+        A run that resumes after a validation does not repeat it.
+        """
+        loop = getattr(runner, "_val_loop", None)
+        if not isinstance(loop, BaseLoop):
+            return
+        validate = loop.run
+
+        def run() -> Any:
+            self._rng_before_val = rng.capture()
+            try:
+                return validate()
+            finally:
+                rng.restore(self._rng_before_val)
+                self._rng_before_val = None
+
+        loop.run = run  # type: ignore[method-assign]
+        self._undo.append(lambda: vars(loop).pop("run"))
 
     @contextmanager
     def _exchanged(self, runner: Any) -> Iterator[None]:
@@ -403,9 +416,12 @@ class InfoBatchHook(Hook):
         )
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Follow the host's hooks that exchange a loss or a batch augmentation between epochs."""
-        if self._views is not None and self._views.renew():
-            assert self._pruner is not None
+        """Look at the model's losses anew in the first batch: other hooks may exchange them in an epoch's beginning."""
+        self._views_due = True
+
+    def _renew_views(self, runner: Any) -> None:
+        assert self._views is not None and self._pruner is not None
+        if self._views.renew():
             runner.logger.info(
                 "InfoBatch: the model's losses or batch augmentations were exchanged and are weighed anew"
             )
@@ -426,7 +442,9 @@ class InfoBatchHook(Hook):
         """Look up the weights of the batch."""
         if self._pruner is None:
             return
-        self._rng_before_val = None  # also where a validation was interrupted
+        if self._views_due:
+            self._views_due = False
+            self._renew_views(runner)
         # Taken here and kept: another hook may walk the loader before the step is over.
         self._batch = runner.train_dataloader.current
         indices = self._batch.indices
