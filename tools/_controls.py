@@ -74,7 +74,7 @@ def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
     warm_up = 0.0  # in units of the loop
     for (_, scheduler), unit in zip(schedulers, units, strict=True):
         end = scheduler.get("end", math.inf) / unit
-        if end < new and any(part in scheduler.type for part in _WARM_UPS):
+        if end < new and any(part in str(scheduler.type) for part in _WARM_UPS):
             warm_up = max(warm_up, end)
 
     def moved(point: float, unit: int) -> int:

@@ -30,8 +30,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROOT = Path(__file__).parents[1]
 # Lines of the training's log that are worth showing while it runs.
 SHOWN = re.compile(r"((Iter|Epoch)\((train|val)\)|InfoBatch|Saving checkpoint)")
-
-
 # How far a run is: its iteration of how many, or its epoch.
 ITERATION = re.compile(r"Iter\(train\) +\[ *(\d+)/(\d+)\]")
 EPOCH = re.compile(r"Epoch\(train\) +\[ *(\d+)\]")

@@ -33,7 +33,7 @@ class InfoBatch:
         prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
         delta (float): Share of the training after which every sample is visited, in (0, 1].
             Defaults to 0.875.
-        policy (str | PruningPolicy): ``'infobatch'``, ``'none'``, or a policy of your own.
+        policy (str | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'``, or a policy of your own.
             Defaults to ``'infobatch'``.
         seed (int): Seed of the draws, the same on every process. Defaults to 0.
         batch_size (int, optional): Global batch size, over all processes; pruned passes then consist of

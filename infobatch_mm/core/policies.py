@@ -33,7 +33,8 @@ class PruningPolicy(ABC):
 
         Args:
             scores (Tensor): Last score of every sample, shape ``(N,)``, float32, finite where seen.
-            seen (Tensor): Which samples have a score, shape ``(N,)``, bool. The others are never pruned.
+            seen (Tensor): Which samples have a score, shape ``(N,)``, bool. A policy that goes by
+                scores never prunes the others.
             generator (torch.Generator): The only source of randomness.
             multiple_of (int): Number that the count of visits should be a multiple of, 1 for any.
 

@@ -74,11 +74,15 @@ class PlanSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Walk the rest of the pass; draws its plan if there is none in flight."""
         pruner = self.pruner
-        start = pruner.visited // self.world
+        start = self._first_position()
         indices = self._share(self._repeated(pruner.begin_pass().indices))[start:]
         for block in indices.split(_BLOCK):
             yield from self._with_seeds(block.tolist(), start) if pruner.item_seed else block.tolist()
             start += len(block)
+
+    def _first_position(self) -> int:
+        """Where a walk of this process's share begins."""
+        return self.pruner.visited // self.world
 
     def _with_seeds(self, indices: list[int], start: int) -> Iterator[SeededIndex]:
         run, current = self.pruner.seed, self.pruner.pass_index

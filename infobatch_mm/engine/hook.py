@@ -91,6 +91,7 @@ class InfoBatchHook(Hook):
         self._weigher = LossWeigher()
         self._views: AttachedViews | None = None
         self._views_due = False
+        self._num_repeats = 1
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
         self._undo: list[Callable[[], None]] = []
@@ -139,11 +140,13 @@ class InfoBatchHook(Hook):
         shuffle = getattr(sampler, "shuffle", True)
         schedule = self._schedule(loop, loader)
         self._pruner = Pruner(schedule, policy, seed, shuffle, fingerprint(dataset), self._item_seed)
+        self._num_repeats = getattr(sampler, "repeats", 1)
         require_equal(
             num_samples=schedule.num_samples,
             sample_names=self._pruner.fingerprint,
             batch_size=schedule.batch_size,
             seed=seed,
+            num_repeats=self._num_repeats,
             **policy.settings(),
             **schedule.settings(),
         )
@@ -263,10 +266,19 @@ class InfoBatchHook(Hook):
         if self._state is not None:
             check_state(self._state)
             self._pruner.check_state(self._state["pruner"])
+            self._check_repeats(self._state.get("num_repeats", 1))
         if "optimizer" not in checkpoint:
             runner.logger.warning(
                 "InfoBatch: this checkpoint holds no optimizer and no schedulers, as those of save_best: momenta and "
                 "learning rates start anew; resume from one of CheckpointHook's interval to go on exactly"
+            )
+
+    def _check_repeats(self, saved: int) -> None:
+        if saved != self._num_repeats:
+            raise ValueError(
+                f"cannot resume: the checkpoint was trained with {saved} visits of a sample in a row, this run makes "
+                f"{self._num_repeats} (num_repeats); use the same sampler, or start a new run from its weights with "
+                "load_from"
             )
 
     def before_train(self, runner: Any) -> None:
@@ -310,6 +322,7 @@ class InfoBatchHook(Hook):
         assert pruner is not None
         goes_on = pruner.load_state_dict(state["pruner"])
         self._time_before = float(state["wall_time_s"])
+        self._weigher.mixes = self._weigher.mixes or bool(state.get("mixes", False))
         if self._pacer is not None:
             self._pacer.taken = int(state["scheduler_steps"])
         if not goes_on:
@@ -392,6 +405,8 @@ class InfoBatchHook(Hook):
             "pruner": self._pruner.state_dict(),
             "scheduler_steps": 0 if self._pacer is None else self._pacer.taken,
             "wall_time_s": self._wall_time(),
+            "num_repeats": self._num_repeats,
+            "mixes": self._weigher.mixes,
             **processes,
         }
         self._write_summary(runner)
@@ -421,7 +436,8 @@ class InfoBatchHook(Hook):
 
     def _renew_views(self, runner: Any) -> None:
         assert self._views is not None and self._pruner is not None
-        if self._views.renew():
+        due, self._views_due = self._views_due or not self._views.in_place, False
+        if due and self._views.renew():
             runner.logger.info(
                 "InfoBatch: the model's losses or batch augmentations were exchanged and are weighed anew"
             )
@@ -442,9 +458,7 @@ class InfoBatchHook(Hook):
         """Look up the weights of the batch."""
         if self._pruner is None:
             return
-        if self._views_due:
-            self._views_due = False
-            self._renew_views(runner)
+        self._renew_views(runner)
         # Taken here and kept: another hook may walk the loader before the step is over.
         self._batch = runner.train_dataloader.current
         indices = self._batch.indices

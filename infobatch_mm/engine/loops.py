@@ -45,6 +45,7 @@ class _PassLoop:
         runner = self.runner  # type: ignore[attr-defined]
         runner.call_hook("before_pass")
         self.dataloader.start_pass(self.pruner.pass_index)
+        self.dataloader.sampler.go_on()  # type: ignore[attr-defined]
         return self.pruner.batches_done
 
 

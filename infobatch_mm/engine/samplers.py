@@ -71,6 +71,7 @@ class InfoBatchSampler(PlanSampler):
         self.round_up = round_up
         self.repeats = num_repeats
         self.pruner: Pruner | None = None  # type: ignore[assignment]
+        self._goes_on = False
 
     def bind(self, pruner: Pruner) -> None:
         """Take the pruner whose plans to walk."""
@@ -84,6 +85,14 @@ class InfoBatchSampler(PlanSampler):
                 "InfoBatchIterLoop or InfoBatchEpochLoop as train_cfg"
             )
         return super().__iter__()
+
+    def go_on(self) -> None:
+        """Let the next walk begin where the pass stands: the loop's own. Those of other hooks see all of the plan."""
+        self._goes_on = True
+
+    def _first_position(self) -> int:
+        goes_on, self._goes_on = self._goes_on, False
+        return super()._first_position() if goes_on else 0
 
     def __len__(self) -> int:
         """Visits of this process in the whole pass; before training starts, in a full one."""

@@ -46,10 +46,15 @@ class AttachedViews:
         """Names of losses that do not separate over samples: in pruned passes each sample's own is optimised."""
         return [view.title for view in self._views if isinstance(view, SamplewiseView) and not view.separable]
 
+    @property
+    def in_place(self) -> bool:
+        """Whether all views stand where they were put."""
+        return all(view.in_place for view in self._views)
+
     def renew(self) -> bool:
         """Attach anew if the host has exchanged a loss or a batch augmentation since; returns whether it has."""
         wanted = {view.place for view in self._make()}
-        if wanted == {view.place for view in self._views} and all(view.in_place for view in self._views):
+        if self.in_place and wanted == {view.place for view in self._views}:
             return False
         self.restore()
         self._attach()

@@ -35,6 +35,10 @@ class MixingView(LossView):
         self.title = f"the batch augmentation {getattr(named, '__name__', type(named).__name__)}"
         self._trusted = trusted
 
+    def attach(self) -> None:
+        super().attach()
+        self.weigher.mixes = True
+
     def weighed(self, images: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         alone = None if self._trusted else self._alone(images, scores, *args, **kwargs)
         size, classes = scores.shape
@@ -57,7 +61,9 @@ class MixingView(LossView):
             one.shape == other.shape and torch.equal(one, other) for one, other in zip(alone, result, strict=True)
         )
         if not same:
-            raise self._refused("it gives other images or targets when there are more classes")
+            raise self._refused(
+                "it gives other images or targets when there are more classes, or draws from a generator of its own"
+            )
         if shares.shape[0] != shares.shape[1]:
             raise self._refused(f"it makes {shares.shape[0]} images of {shares.shape[1]} samples")
         most = int(torch.count_nonzero(shares, dim=1).max())

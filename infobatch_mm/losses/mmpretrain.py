@@ -67,7 +67,10 @@ def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = F
         ValueError: With the name of what cannot be weighed and what to do.
     """
     if not isinstance(model, (BaseClassifier, ImageToImageRetriever)):
-        raise cannot_be_weighed(type(model).__name__, "of MMPretrain's models the classifiers are supported")
+        raise ValueError(
+            f"{type(model).__name__} cannot be weighed: of MMPretrain's models the classifiers and "
+            "ImageToImageRetriever are supported; train it without InfoBatchHook"
+        )
     head = getattr(model, "head", None)
     if head is not None:
         views = list(_head_views("head", head, weigher))

@@ -45,7 +45,7 @@ class LossView:
         self.title = title or f"{type(owner).__name__}.{attribute}"
         self.host: Callable = getattr(owner, attribute)
         self._replaced = attribute in vars(owner)
-        self._inside = False
+        self._inside = self._retired = False
 
     def attach(self) -> None:
         """Take the host's place."""
@@ -62,7 +62,8 @@ class LossView:
         return vars(self.owner).get(self.attribute) is self
 
     def restore(self) -> None:
-        """Give the host its place back, unless something else stands there by now."""
+        """Give the host its place back, unless something else stands there by now: that may still call the view."""
+        self._retired = True
         if not self.in_place:
             return
         if self._replaced:
@@ -72,7 +73,7 @@ class LossView:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A view that calls its own module means the host.
-        if self._inside or not self.weigher.active:
+        if self._inside or self._retired or not self.weigher.active:
             return self.host(*args, **kwargs)
         self._inside = True
         try:
@@ -109,8 +110,8 @@ class SampleLosses:
         counts (Tensor): Number of valid elements (pixels, tokens) in each sample, shape ``(B,)``. The score
             is sums / counts; a sample without a valid element is not scored.
         value (Tensor, optional): The host's own value, where it can be had to the bit.
-        floor (Callable, optional): Gives the smallest value that the loss of each sample can take for its target,
-            shape ``(B,)``; see :meth:`LossWeigher.score`.
+        floor (Callable, optional): Gives the smallest sum that each sample's target allows, shape ``(B,)``. Those of
+            mixed images differ: where images are mixed it is no part of the score.
     """
 
     sums: Tensor
@@ -168,9 +169,10 @@ class VectorisedView(LossView):
     def _weigh(self, losses: SampleLosses) -> Tensor:
         if self.scored:
             factor = 1.0 if self._scaled_by is None else float(self._scaled_by.loss_weight)  # type: ignore[arg-type]
-            of_target = losses.floor
-            floor = None if of_target is None else lambda: factor * of_target()
-            self.weigher.score(factor * losses.sums.detach() / losses.counts, losses.counts > 0, floor)
+            sums = losses.sums.detach()
+            if losses.floor is not None and self.weigher.mixes:
+                sums = sums - losses.floor()
+            self.weigher.score(factor * sums / losses.counts, losses.counts > 0)
         return self.weigher.weigh(losses.sums, losses.shown(), losses.normaliser, self.title)
 
     def _compare(self, args: tuple, kwargs: dict) -> None:

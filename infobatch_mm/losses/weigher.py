@@ -40,6 +40,8 @@ class LossWeigher:
         self._pruned = True
         self._scores: Tensor | None = None
         self._valid: Tensor | None = None
+        #: Whether images are mixed in this run, or were: scores keep one scale, also where mixing ends.
+        self.mixes = False
         #: The data samples of the batch in the order of its weights, where the model was given some.
         self.data_samples: Sequence[Any] | None = None
         #: Which of them have a label at all, shape ``(B,)``, bool, where that is known.
@@ -101,8 +103,16 @@ class LossWeigher:
         Args:
             shares (Tensor): Share of each sample (column) in each image (row), shape ``(B, B)``; an image's
                 own sample and at most one other have one.
+
+        Raises:
+            ValueError: If the images are not as many as the batch has samples.
         """
         assert self._of_samples is not None
+        if shares.shape != (len(self._of_samples),) * 2:
+            raise ValueError(
+                f"{len(shares)} images were mixed of {shares.shape[1]} samples in a batch of {len(self._of_samples)}: "
+                "the weights of a batch that is mixed in part, or grows, are not known"
+            )
         weights = self._of_samples = self._of_samples.to(shares.device)
         own = shares.diagonal()
         share, partner = (shares - own.diag()).max(dim=1)
@@ -219,7 +229,7 @@ class LossWeigher:
         shape = [-1 if dim == axis else 1 for dim in range(predictions.dim())]
         return ScaledGradient.apply(predictions, weights.view(shape))
 
-    def score(self, mean_loss: Tensor, valid: Tensor | None = None, floor: Callable[[], Tensor] | None = None) -> None:
+    def score(self, mean_loss: Tensor, valid: Tensor | None = None) -> None:
         """Add one loss to the scores of the batch's samples.
 
         A term without a valid pixel in a sample adds nothing there; a sample is scored if any term has one.
@@ -228,11 +238,7 @@ class LossWeigher:
             mean_loss (Tensor): Mean of the loss over each sample's valid pixels, shape ``(B,)``.
             valid (Tensor, optional): Whether a sample has a valid pixel, shape ``(B,)``, bool, on any device.
                 Defaults to all.
-            floor (Callable, optional): Gives the smallest value that this loss can take for each of the
-                targets, shape ``(B,)``. Targets of mixed images have different ones: it is taken off there.
         """
-        if self._shares is not None and floor is not None:
-            mean_loss = mean_loss.detach() - floor()
         if valid is None:
             valid = torch.ones_like(mean_loss, dtype=torch.bool)
         valid = valid.to(mean_loss.device)

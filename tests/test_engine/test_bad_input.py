@@ -314,6 +314,9 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "a `max_iters` that the checkpoint is beyond, in iterations of full data": lambda case: case.resume(
         **{"train_cfg.max_iters": 15}
     ),
+    "another `num_repeats` of repeated augmentation": lambda case: case.resume(
+        **{"train_dataloader.sampler": dict(type="InfoBatchSampler", num_repeats=3)}
+    ),
     "a state of a newer package": lambda case: case.resume(newer),
     "a state with a NaN score, a sample planned twice, a missing entry": lambda case: case.resume(nan_score),
     "a named checkpoint that was cut short": named_but_cut,

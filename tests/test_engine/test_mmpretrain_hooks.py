@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,24 @@ def test_precise_bn_walks_the_loader_and_leaves_no_trace(tmp_path: Path, loop: s
         assert scores(tmp_path / "precise")[key].tolist() == scores(tmp_path / "plain")[key].tolist()
     key = "backbone.layers.1.running_mean"
     assert not torch.equal(runner.model.state_dict()[key], plain_runner.model.state_dict()[key])
+
+
+def test_precise_bn_sees_whole_passes_in_an_iteration_loop(tmp_path: Path) -> None:
+    """Its average is over as many batches as the loader says it has, wherever in the pass it looks."""
+
+    class Variances(Hook):
+        priority = "LOWEST"
+
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+            self.seen.append(float(runner.model.backbone.layers[1].running_var.mean()))
+
+    still = {**ITERATIONS, "optim_wrapper.optimizer": dict(_delete_=True, type="SGD", lr=0.0)}
+    variances = Variances()
+    train(config(tmp_path, custom_hooks=[dict(type="PreciseBNHook", interval=1), *ONE_LINE], **still), variances)
+    assert min(variances.seen) > 0.8 * statistics.median(variances.seen)
 
 
 @pytest.mark.parametrize("loop", PRECISE)

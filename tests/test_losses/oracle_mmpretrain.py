@@ -59,7 +59,7 @@ def build(config, dtype=torch.float32, seed=0):
     """The same model for the same seed: a deep copy of a multi-task head would train the original's parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = MODELS.build(ConfigDict(copy.deepcopy(config)))
+        model = MODELS.build(ConfigDict(copy.deepcopy(config), _scope_="mmpretrain"))
     return model.to(dtype).train()
 
 

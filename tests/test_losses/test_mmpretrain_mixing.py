@@ -330,7 +330,9 @@ def test_the_next_batch_knows_nothing_of_this_one(given_up):
     expected = oracle_step(host, losses_alone(host, inputs, scored(targets)), WEIGHTS)
     assert_same_gradients(ours, expected, torch.float32)
     scores, _ = weigher.end()
-    torch.testing.assert_close(scores.double(), expected.scores, rtol=1e-6, atol=0)
+    # Where images were mixed, scores are above the entropy of their target from then on.
+    entropy = torch.special.entr(targets).sum(1)
+    torch.testing.assert_close(scores.double(), expected.scores - entropy, rtol=1e-5, atol=1e-6)
 
 
 def test_a_batch_that_is_mixed_anew_has_the_weights_of_the_last_mixing():
@@ -406,8 +408,9 @@ def test_an_images_loss_above_its_floor_is_divided_by_shares(head, augment, prun
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("avg_factor", [BATCH, None], ids=["by_samples", "by_elements"])
 @pytest.mark.parametrize("head", ["ce", "ce_soft", "smooth", "multi_label"])
-def test_the_floor_is_reached(head, precision):
+def test_the_floor_is_reached(head, avg_factor, precision):
     """A model that predicts the mixed targets themselves has scores of zero: there is nothing more to learn."""
     model = make_model(head)
     weigher, _ = attached(model)
@@ -420,10 +423,36 @@ def test_the_floor_is_reached(head, precision):
     odds = target.clamp(1e-7, 1 - 1e-7)
     logits = odds.logit() if head == "multi_label" else odds.log()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        model.head.loss_module(logits.to(precision), targets_of(samples), avg_factor=BATCH)
+        model.head.loss_module(logits.to(precision), targets_of(samples), avg_factor=avg_factor)
     scores, _ = weigher.end()
     # On the CPU autocast leaves the host's log-softmax in half precision.
     assert float(scores.abs().max()) < (1e-5 if precision == torch.float32 else 5e-3)
+
+
+def test_scores_keep_their_scale_where_mixing_ends():
+    """Label smoothing alone has a floor too: it stays off, or every visited sample would look harder than before."""
+    model, host = make_model("smooth"), make_model("smooth", None)
+    weigher, views = attached(model)
+    step(model, "smooth", weigher, ONES)
+    model.data_preprocessor.batch_augments = None
+    assert views.renew()
+    weigher.begin(ONES, True, INDICES)
+    inputs, samples = preprocessed(model, "smooth")
+    model.loss(inputs, samples)
+    scores, _ = weigher.end()
+    alone = torch.stack(losses_alone(host, inputs, samples)).detach()
+    smoothed = torch.tensor([1 - 0.1 + 0.1 / NUM_CLASSES] + [0.1 / NUM_CLASSES] * (NUM_CLASSES - 1))
+    entropy = HEADS["smooth"]["loss"]["loss_weight"] * -(smoothed * smoothed.log()).sum()
+    torch.testing.assert_close(scores, alone - entropy, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 12])
+def test_a_batch_that_is_mixed_in_part_or_grows_is_refused(rows):
+    model = make_model()
+    weigher, _ = attached(model)
+    begin(weigher)
+    with pytest.raises(ValueError, match=rf"{rows} images were mixed of {rows} samples in a batch of 6"):
+        model.data_preprocessor.batch_augments(torch.rand(rows, 3, *SIZE), torch.eye(rows))
 
 
 class NanOfOne(nn.Module):

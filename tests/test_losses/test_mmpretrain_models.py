@@ -190,7 +190,7 @@ def test_checkpoints_keep_their_keys_and_models_are_given_back(make, targets, di
         (lambda: without_head(retriever()), "ImageToImageRetriever has no head and no loss_module"),
         (
             lambda: build(dict(type="SimCLR", backbone=dict(type="TinyBackbone"), head=None)),
-            "SimCLR cannot be weighed: of MMPretrain's models the classifiers are supported",
+            "SimCLR cannot be weighed: of MMPretrain's models the classifiers and ImageToImageRetriever are supported",
         ),
     ],
     ids=["classifier", "retriever", "self_supervised"],
@@ -434,7 +434,8 @@ def test_after_renewal_the_new_recipe_is_the_hosts(loss, augment, recipe, pruned
         batch = host.data_preprocessor(mixing_data(), True)
         expected = oracle_step(host, losses_alone(host, **named(batch)), WEIGHTS)
         assert_same_gradients(ours, expected, torch.float32)
-        assert_scores(ours, expected.scores)
+        if "loss" in new:  # a smoothed one stays above its entropy, as it was while images were mixed
+            assert_scores(ours, expected.scores)
     else:
         assert relative_error(ours, train_step(host)) > 1e-2
 
@@ -504,3 +505,19 @@ def test_two_runs_cannot_weigh_one_model_and_the_first_stays_exact():
         attached(model)
     assert not views.renew()
     assert_same_step(train_step(model, weigher, ONES), train_step(host))
+
+
+@pytest.mark.parametrize("attribute", ["cls_criterion", "forward"])
+def test_what_wraps_a_view_outlives_it_without_weighing_twice(attribute):
+    """A profiler, say: our views are attached anew above it, and the one inside it hands everything to the host."""
+    model, host = build(classifier(linear_head())), build(classifier(linear_head()))
+    weigher = LossWeigher()
+    views = attach_views(model, weigher)
+    module = model.head.loss_module
+    inner = getattr(module, attribute)
+    setattr(module, attribute, lambda *args, **kwargs: inner(*args, **kwargs))
+    views.renew()
+    ours = take_step(model, lambda: model.loss(make_inputs(), labelled(make_labels())), weigher, WEIGHTS, True)
+    expected = oracle_step(host, losses_alone(host, make_inputs(), labelled(make_labels())), WEIGHTS)
+    assert_same_gradients(ours, expected, torch.float32)
+    assert_scores(ours, expected.scores)
