@@ -38,7 +38,7 @@ def mixed_scores(model: nn.Module, weigher: LossWeigher, data: dict) -> Iterator
     """Scores of a batch by each rule, shape ``(B,)``, from one draw of the augmentation."""
     weigher.begin(torch.ones(len(data["inputs"])), pruned=False)
     batch = model.data_preprocessor(data, True)
-    shares = weigher._shares
+    shares = weigher.shares
     assert shares is not None  # the preprocessor has mixed
     model.loss(**batch)
     ours, _ = weigher.end()

@@ -100,6 +100,7 @@ def _head_views(name: str, head: nn.Module, weigher: LossWeigher, task: bool = F
     if isinstance(head, MultiTaskHead) and type(head).loss is MultiTaskHead.loss:
         for key, child in head.task_heads.items():
             each = f"{name}.task_heads.{key}"
+            # Before the head's own views: one may want the same place, and sees the same samples.
             yield TaskView(child, key, weigher, each)
             yield from _head_views(each, child, weigher, task=True)
         return

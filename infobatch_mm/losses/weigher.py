@@ -33,7 +33,7 @@ class LossWeigher:
 
     def __init__(self) -> None:
         self._weights: Tensor | None = None
-        self._of_samples: Tensor | None = None
+        self._sample_weights: Tensor | None = None
         self._indices: Tensor | None = None
         self._pair_weights = torch.mul
         self._shares: Tensor | None = None
@@ -69,6 +69,11 @@ class LossWeigher:
         return self._weights.numel()
 
     @property
+    def shares(self) -> Tensor | None:
+        """Share of each sample (column) in each image (row), shape ``(B, B)``; None where no image was mixed."""
+        return self._shares
+
+    @property
     def pruned(self) -> bool:
         """Whether the batch is part of a pruned pass: decides the form of losses that do not separate."""
         return self._pruned
@@ -89,7 +94,7 @@ class LossWeigher:
             pair_weights (Callable): Weights of losses that two samples share, from the weights of both; see
                 :meth:`.Plan.pair_weights`. Defaults to their product.
         """
-        self._weights = self._of_samples = weights
+        self._weights = self._sample_weights = weights
         self._indices, self._pair_weights, self._shares = indices, pair_weights, None
         self._pruned = pruned
         self.restart()
@@ -107,13 +112,14 @@ class LossWeigher:
         Raises:
             ValueError: If the images are not as many as the batch has samples.
         """
-        assert self._of_samples is not None
-        if shares.shape != (len(self._of_samples),) * 2:
+        assert self._sample_weights is not None
+        size = len(self._sample_weights)
+        if shares.shape != (size, size):
             raise ValueError(
-                f"{len(shares)} images were mixed of {shares.shape[1]} samples in a batch of {len(self._of_samples)}: "
-                "the weights of a batch that is mixed in part, or grows, are not known"
+                f"{len(shares)} images were mixed of {shares.shape[1]} samples in a batch of {size}: the weights of a "
+                "batch that is mixed in part, or grows, are not known; mix all of it, or train without InfoBatchHook"
             )
-        weights = self._of_samples = self._of_samples.to(shares.device)
+        weights = self._sample_weights = self._sample_weights.to(shares.device)
         own = shares.diagonal()
         share, partner = (shares - own.diag()).max(dim=1)
         weights_of_partners = weights[partner]
@@ -165,7 +171,7 @@ class LossWeigher:
             valid = valid & self.labelled.to(valid.device)
         if scores is not None and valid is not None and self._shares is not None:
             scores, valid = _divided(scores, valid, self._shares)
-        self._weights = self._of_samples = self._shares = None
+        self._weights = self._sample_weights = self._shares = None
         self.restart()
         return scores, valid
 
