@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,16 @@ torch.set_num_threads(1)
 with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     importlib.metadata.version("mmengine")
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_scope_left_behind() -> Iterator[None]:
+    """A run's default scope decides where the next test's models are looked up: a runner leaves its own behind."""
+    yield
+    if "mmengine" in sys.modules:
+        from mmengine.registry import DefaultScope
+
+        DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
         if not config.is_file():
             parser.error(f"there is no config {config}")
     cfg = merged(args.unpruned, args.cfg_options)
-    if hook_index(merged(args.pruned, [])) is None:
-        parser.error(f"{args.pruned} has no InfoBatchHook among its custom_hooks: give the unpruned config first")
+    pruned = merged(args.pruned, args.cfg_options)
+    if hook_index(pruned) is None:
+        parser.error(
+            f"{args.pruned} has no InfoBatchHook among its custom_hooks: give the unpruned config first, then the one "
+            "with the hook"
+        )
+    if pruned.train_dataloader.dataset != cfg.train_dataloader.dataset:
+        parser.error(f"{args.pruned} trains on other data than {args.unpruned}: give a config and its pruned twin")
     if missing := missing_data(cfg):
         parser.error(
             f"the data set {missing} is not there: draw it (make demo-data, make demo-shapes), or say where it is "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -160,7 +161,17 @@ class InfoBatchHook(Hook):
         if runner._resume:
             check_summary(runner.work_dir, self._pruner.summary())
         settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
-        runner.logger.info(f"InfoBatch: {settings}, {self._pruner.schedule.num_samples} samples")
+        runner.logger.info(f"InfoBatch: {settings}, {schedule.num_samples} samples")
+        if self._weigher.mixes:
+            runner.logger.info(
+                "InfoBatch: images are mixed; scores are their losses above the least that targets allow"
+            )
+        delta, last = policy.settings().get("delta", 1), schedule.progress(schedule.num_passes - 1)
+        if delta < 1 and policy.is_active(last):
+            runner.logger.warning(
+                f"InfoBatch: no pass starts after delta={delta} of {schedule.num_passes} passes, so none visits every "
+                f"sample at the end; use delta={math.floor(100 * last) / 100} for one that does"
+            )
 
     def _tell_what_is_not_separable(self, runner: Any, policy: PruningPolicy) -> None:
         assert self._views is not None

@@ -205,14 +205,14 @@ def leaf_datasets(dataset: Any) -> Iterator[Any]:
         yield from leaf_datasets(child)
 
 
-def sample_name(dataset: Any, index: int) -> str:
-    """File name of a sample, without its folder; '' where the data set does not tell."""
+def sample_name(dataset: Any, index: int, folders: int = 0) -> str:
+    """File name of a sample and of so many folders above it; '' where the data set does not tell."""
     try:
         info = dataset.get_data_info(index)
         path = info["img_path"] if "img_path" in info else info["img_id"]
     except Exception:  # a name is a convenience: whatever a data set of the user's does here, go on without
         return ""
-    return str(path).replace("\\", "/").rsplit("/", 1)[-1]
+    return "/".join(str(path).replace("\\", "/").split("/")[-1 - folders :])
 
 
 @contextmanager

@@ -33,13 +33,13 @@ def write_scores(work_dir: str, pruner: Pruner, dataset: Any) -> None:
     Args:
         work_dir (str): Where to.
         pruner (Pruner): Its store is written; NaN stands for samples without a score.
-        dataset: Asked for sample names; '' where it has none.
+        dataset: Asked for sample names, folder and file (folders may stand for classes); '' where it has none.
     """
     store = pruner.store
     store.flush()
     scores = store.values.numpy().copy()
     scores[~store.seen.numpy()] = np.nan
-    names = [sample_name(dataset, i) for i in range(store.num_samples)] if sample_name(dataset, 0) else []
+    names = [sample_name(dataset, i, folders=1) for i in range(store.num_samples)] if sample_name(dataset, 0) else []
     path = Path(work_dir, SCORES_FILE)
     partial = path.with_name("infobatch_scores.tmp.npz")
     np.savez_compressed(

@@ -106,6 +106,7 @@ def test_sample_names() -> None:
             return {"img_path": f"/data/x/{index}.jpg"}
 
     assert sample_name(Named(), 3) == "3.jpg"
+    assert sample_name(Named(), 3, folders=1) == "x/3.jpg"
     assert sample_name(Numbers(), 3) == ""
 
 

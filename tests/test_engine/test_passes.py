@@ -127,7 +127,7 @@ def test_summary_adds_up(scenes: Path, tmp_path: Path) -> None:
     assert set(summary["per_pass"][0]) == {"pass", "kept", "kept_ratio", "threshold", "score_mean"}
     saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
     assert saved["times_seen"].sum() == visits
-    assert saved["name"].tolist() == [f"{i:05d}.jpg" for i in range(N)]
+    assert saved["name"].tolist() == [f"training/{i:05d}.jpg" for i in range(N)]
 
 
 def test_partial_last_pass_follows_the_unpruned_run(scenes: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_wrapped_data_sets_score_each_sample_under_its_outer_index(scenes: Path,
         assert [names[i] for i in indices] == batch
     saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
     assert len(saved["score"]) == 2 * N
-    assert saved["name"].tolist() == names
+    assert saved["name"].tolist() == [f"training/{name}" for name in names]
 
 
 def test_class_balanced_data_set(scenes: Path, tmp_path: Path) -> None:
