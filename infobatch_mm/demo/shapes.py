@@ -8,12 +8,12 @@ is small, faint, turned, behind clutter, dim and noisy, so that there is somethi
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .command import run
 from .photo import draw_difficulty, photograph
 
 _Colour = tuple[int, int, int]
@@ -135,15 +135,7 @@ def draw_dataset(root: str | Path, num_train: int = 2000, num_val: int = 400, si
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Draw a small image-classification data set in ImageNet's layout")
-    parser.add_argument("root", help="folder to draw into, e.g. data/demo-shapes")
-    parser.add_argument("--num-train", type=int, default=2000)
-    parser.add_argument("--num-val", type=int, default=400)
-    parser.add_argument("--size", type=int, default=32, help="width and height in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    root = draw_dataset(args.root, args.num_train, args.num_val, args.size, args.seed)
-    print(f"drew {args.num_train} training and {args.num_val} validation pictures into {root}")
+    run(draw_dataset, "Draw a small image-classification data set in ImageNet's layout", "data/demo-shapes", "pictures")
 
 
 if __name__ == "__main__":

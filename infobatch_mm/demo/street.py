@@ -8,12 +8,12 @@ cluttered, dim, noisy and has surfaces whose colour tells nothing, so that there
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from .command import run
 from .photo import draw_difficulty, photograph
 
 #: Class -> its value in ADE20K's annotations (1-150, 0 is unlabelled) and the usual colour of its surface.
@@ -106,15 +106,7 @@ def draw_dataset(root: str | Path, num_train: int = 480, num_val: int = 120, siz
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Draw a small segmentation data set in ADE20K's layout")
-    parser.add_argument("root", help="folder to draw into, e.g. data/demo")
-    parser.add_argument("--num-train", type=int, default=480)
-    parser.add_argument("--num-val", type=int, default=120)
-    parser.add_argument("--size", type=int, default=96, help="width and height in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    root = draw_dataset(args.root, args.num_train, args.num_val, args.size, args.seed)
-    print(f"drew {args.num_train} training and {args.num_val} validation scenes into {root}")
+    run(draw_dataset, "Draw a small segmentation data set in ADE20K's layout", "data/demo", "scenes")
 
 
 if __name__ == "__main__":
