@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import random
 import re
@@ -18,6 +17,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
+
+from infobatch_mm.zoo import config_roots
 
 BATCH_SIZE = 4
 
@@ -40,9 +41,8 @@ class Host(ABC):
 
     def root(self) -> Path:
         """Folder of the installed host's configs, in a wheel or in a source checkout."""
-        package = Path(str(importlib.import_module(self.package).__file__)).parent
-        wheel = package / ".mim" / "configs"
-        return wheel if wheel.is_dir() else package.parent / "configs"
+        wheel, checkout = config_roots(self.package)
+        return wheel if wheel.is_dir() else checkout
 
     def folders(self) -> list[str]:
         """Names of all method folders: those that are not bases of others."""

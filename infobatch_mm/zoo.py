@@ -6,6 +6,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
+def config_roots(host: str) -> tuple[Path, Path]:
+    """Where a host's configs can be: below the package of a wheel, beside that of a source checkout.
+
+    Args:
+        host (str): Import name of the host, which is located, not imported.
+
+    Returns:
+        tuple: Both folders; one of them need not exist.
+
+    Raises:
+        ValueError: If the host is not installed.
+    """
+    spec = find_spec(host)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{host} is not installed: pip install 'infobatch_mm[mm]', or the {host} of your choice")
+    package = Path(spec.submodule_search_locations[0])
+    return package / ".mim" / "configs", package.parent / "configs"
+
+
 def config_path(host: str, name: str) -> str:
     """Path of a config that a host ships in its wheel, for use as a ``_base_``.
 
@@ -25,12 +44,8 @@ def config_path(host: str, name: str) -> str:
     Example:
         >>> _base_ = [__import__('infobatch_mm.zoo').zoo.config_path('mmseg', '_base_/models/upernet_r50.py')]
     """
-    spec = find_spec(host)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{host} is not installed: pip install 'infobatch_mm[mm]', or the {host} of your choice")
-    folder = Path(spec.submodule_search_locations[0])
-    # A wheel holds .mim/configs, a source checkout configs beside the package.
-    for path in (folder / ".mim" / "configs" / name, folder.parent / "configs" / name):
+    wheel, checkout = config_roots(host)
+    for path in (wheel / name, checkout / name):
         if path.is_file():
             return str(path)
-    raise ValueError(f"{host} at {folder} ships no config {name!r}")
+    raise ValueError(f"{host} at {wheel.parents[1]} ships no config {name!r}")
