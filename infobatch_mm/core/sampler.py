@@ -108,7 +108,7 @@ class PlanSampler(Sampler[int]):
             return indices
         visits = len(indices)
         if self.round_up:  # by the next copies, as the host does
-            visits = math.ceil(visits / self.world) * self.world
+            visits = self._share_of(visits) * self.world
         return indices[: math.ceil(visits / self.repeats)].repeat_interleave(self.repeats)[:visits]
 
     def _share(self, indices: Tensor) -> Tensor:

@@ -86,14 +86,14 @@ def _headless_views(model: nn.Module, weigher: LossWeigher) -> Iterator[LossView
     if not hasattr(model, "_get_loss"):
         yield from module_views("model", model, weigher, scored=True)
         return
-    by_modules = _defined_by_host(model, "loss") and _defined_by_host(model, "_get_loss")
+    by_modules = all(_definer(model, method).__module__.startswith("mmpretrain.") for method in ("loss", "_get_loss"))
     rule = HeadRule(by_modules=by_modules, method="_get_loss")
     yield from head_views("model", model, weigher, scored=True, default=rule)
 
 
-def _defined_by_host(module: nn.Module, method: str) -> bool:
-    owner = next(cls for cls in type(module).__mro__ if method in vars(cls))
-    return owner.__module__.startswith("mmpretrain.")
+def _definer(module: nn.Module, method: str) -> type:
+    """The class that a module has a method from."""
+    return next((cls for cls in type(module).__mro__ if method in vars(cls)), object)
 
 
 def _head_views(name: str, head: nn.Module, weigher: LossWeigher, task: bool = False) -> Iterator[LossView]:
@@ -112,16 +112,14 @@ def _head_views(name: str, head: nn.Module, weigher: LossWeigher, task: bool = F
 
 def _loss_method(head: nn.Module) -> str:
     """The method by which a head that nobody registered computes its losses from what it is given."""
-    own = next((cls for cls in type(head).__mro__ if "loss" in vars(cls)), None)
-    return "_get_loss" if own in (heads.ClsHead, heads.MultiLabelClsHead) else "loss"
+    return "_get_loss" if _definer(head, "loss") in (heads.ClsHead, heads.MultiLabelClsHead) else "loss"
 
 
 def _mixing(model: nn.Module, weigher: LossWeigher) -> Iterator[LossView]:
     preprocessor = model.data_preprocessor
     augment = getattr(preprocessor, "batch_augments", None)
     if augment is not None:
-        host = augment.host if isinstance(augment, MixingView) else augment
-        parts = [host, *getattr(host, "augments", [])]
+        parts = [augment, *getattr(augment, "augments", [])]
         known = all(part is None or type(part).__module__.startswith("mmpretrain.") for part in parts)
         if isinstance(augment, nn.Module):  # nothing but a module may take its place
             yield MixingView(augment, "forward", weigher, trusted=known)
