@@ -8,7 +8,7 @@ from torch import nn
 
 from .registry import HeadRule, ViewFactory, head_rule, loss_factory, samplewise
 from .samplewise import SamplewiseView
-from .views import LossView, OrderView, VectorisedView
+from .views import LossView, VectorisedView
 from .weigher import HOW_TO, LossWeigher
 
 
@@ -102,7 +102,7 @@ def head_views(
     title = f"{name} ({type(head).__name__})"
     rule = head_rule(head) or default
     if rule.by_modules:
-        yield OrderView(head, rule.method, weigher, scored=False, title=title)
+        yield rule.view(head, rule.method, weigher, title=title)
         yield from module_views(name, head, weigher, scored, default_loss)
         return
     if not callable(getattr(head, rule.method, None)):
@@ -118,6 +118,7 @@ def head_views(
         rule.method,
         separable=rule.separable,
         trusted=rule.trusted,
+        averaging=rule.averaging,
         axes=rule.axes,
         rows=rule.rows,
         valid=rule.valid or default.valid,

@@ -1,4 +1,4 @@
-"""MMPretrain: which of its classifiers, heads and losses are weighed how."""
+"""MMPretrain: which of its models, classification heads and losses are weighed how."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from mmpretrain.models import heads
 from mmpretrain.models.classifiers import BaseClassifier
 from mmpretrain.models.heads import MultiTaskHead
 from mmpretrain.models.retrievers import ImageToImageRetriever
+from mmpretrain.models.selfsup import BaseSelfSupervisor
 from torch import nn
 
 from . import mmpretrain_losses  # noqa: F401  (registers the views of losses)
 from .attach import head_views, module_views
 from .mixing import MixingView
+from .mmpretrain_selfsup import self_supervised_views
 from .registry import HeadRule, head_rule, register_head_rule
 from .results import losses_in, replace_losses
 from .views import LossView, model_views
@@ -53,10 +55,10 @@ class TaskView(LossView):
 
 
 def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> list[LossView]:
-    """The views that make the losses of a classifier weigh and score its samples.
+    """The views that make the losses of a classifier or a self-supervised model weigh and score its samples.
 
     Args:
-        model (nn.Module): A ``BaseClassifier`` or an ``ImageToImageRetriever``, not wrapped.
+        model (nn.Module): A ``BaseClassifier``, an ``ImageToImageRetriever`` or a ``BaseSelfSupervisor``, not wrapped.
         weigher (LossWeigher): Weights and scores of the batch in hand.
         score_auxiliary (bool): Without effect: the score of an image is the sum of all its losses.
 
@@ -66,10 +68,12 @@ def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = F
     Raises:
         ValueError: With the name of what cannot be weighed and what to do.
     """
+    if isinstance(model, BaseSelfSupervisor):
+        return [*self_supervised_views(model, weigher), *model_views(model, weigher)]
     if not isinstance(model, (BaseClassifier, ImageToImageRetriever)):
         raise ValueError(
-            f"{type(model).__name__} cannot be weighed: of MMPretrain's models the classifiers and "
-            "ImageToImageRetriever are supported; train it without InfoBatchHook"
+            f"{type(model).__name__} cannot be weighed: of MMPretrain's models the classifiers, "
+            "the self-supervised models and ImageToImageRetriever are supported; train it without InfoBatchHook"
         )
     head = getattr(model, "head", None)
     if head is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .samplewise import SamplewiseView
-from .views import LossView, SampleLosses, VectorisedView
+from .views import LossView, OrderView, SampleLosses, VectorisedView
 from .weigher import LossWeigher
 
 #: Makes the view of a loss module: ``factory(module, weigher, scored, title)``.
@@ -27,8 +27,11 @@ class HeadRule:
             it calls with the batch first: these are weighed, not the head.
         method (str): The method that computes the losses from predictions.
         overrides (tuple): Other methods that a subclass must leave as they are for the rule to hold for it.
+        view (Callable, optional): What then stands in for the method: ``view(head, method, weigher, title=...)``.
+            Defaults to one that only checks the order of the samples.
         separable (bool): Else whether these losses are sums over samples once their normalisers are held.
         trusted (bool): Else whether the head needs no proof that it treats the samples of a batch alike.
+        averaging (bool): Else whether a loss that is no mean of those of its samples alone is refused.
         axes, rows, valid: See :class:`SamplewiseView`.
         function (Callable, optional): Else the head's vectorised view: see :func:`register_head_view`.
     """
@@ -36,8 +39,10 @@ class HeadRule:
     by_modules: bool = False
     method: str = "loss_by_feat"
     overrides: tuple[str, ...] = ()
+    view: Callable[..., LossView] = OrderView
     separable: bool = False
     trusted: bool = False
+    averaging: bool = False
     axes: Mapping[str, int | None] | None = None
     rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None
     valid: Callable[[nn.Module, dict], Tensor | None] | None = None

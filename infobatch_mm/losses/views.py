@@ -8,7 +8,7 @@ every sample from one evaluation; ``samplewise.py`` has the one that works for a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..core import rng
 from .coverage import Coverage
 from .memory import Memory
 from .proof import check_order
-from .results import losses_in, written
+from .results import losses_in, replace_losses, written
 from .weigher import HOW_TO, LossWeigher
 
 
@@ -30,14 +30,16 @@ class LossView:
         owner (nn.Module): The module.
         attribute (str): The method or function to stand in for.
         weigher (LossWeigher): Weights and scores of the batch.
-        scored (bool): Whether this loss is part of the samples' scores.
+        scored (bool): Whether this loss is part of the samples' scores. Defaults to False.
         title (str): The loss's name for messages.
     """
 
     #: Whether the losses of all samples come from one evaluation.
     vectorised = True
 
-    def __init__(self, owner: nn.Module, attribute: str, weigher: LossWeigher, scored: bool, title: str = "") -> None:
+    def __init__(
+        self, owner: nn.Module, attribute: str, weigher: LossWeigher, scored: bool = False, title: str = ""
+    ) -> None:
         self.owner = owner
         self.attribute = attribute
         self.weigher = weigher
@@ -130,8 +132,8 @@ class VectorisedView(LossView):
 
     Args:
         function (Callable): Called as ``function(module, *args, **kwargs)`` with the arguments of the
-            host's call, returns :class:`SampleLosses`, or a dict of them as a head returns its losses. A call
-            of the module inside it is the host's.
+            host's call, returns :class:`SampleLosses`, or a dict or tuple of them as a head returns its losses.
+            A call of the module inside it is the host's.
         attribute (str): The method to stand in for. Defaults to ``'forward'``.
         scaled_by (nn.Module, optional): Module whose ``loss_weight`` the host multiplies the result by.
         trusted (bool): Whether the function is known to compute the host's loss. Others are compared with
@@ -144,7 +146,7 @@ class VectorisedView(LossView):
         weigher: LossWeigher,
         scored: bool,
         title: str,
-        function: Callable[..., SampleLosses | dict[str, Any]],
+        function: Callable[..., SampleLosses | dict[str, Any] | tuple],
         attribute: str = "forward",
         *,
         scaled_by: nn.Module | None = None,
@@ -162,9 +164,7 @@ class VectorisedView(LossView):
             self._compare(args, kwargs)
             self._trusted = True
         result = self.function(self.owner, *args, **kwargs)
-        if isinstance(result, SampleLosses):
-            return self._weigh(result)
-        return {key: self._weigh(each) if isinstance(each, SampleLosses) else each for key, each in result.items()}
+        return replace_losses(result, {path: self._weigh(losses) for path, losses in _taken_apart(result)})
 
     def _weigh(self, losses: SampleLosses) -> Tensor:
         if self.scored:
@@ -186,13 +186,13 @@ class VectorisedView(LossView):
             with memory.aside():
                 result = self.function(self.owner, *args, **kwargs)
             rng.restore(generators)
-        ours = {(): result} if isinstance(result, SampleLosses) else {(key,): each for key, each in result.items()}
-        added = [written(path) for path, each in ours.items() if isinstance(each, SampleLosses) and path not in host]
+        ours = dict(_taken_apart(result))
+        added = [written(path) for path in ours if path not in host]
         if added:
             raise ValueError(f"the view of {self.title} gives {', '.join(added)}, which the host does not")
         for path, loss in host.items():
             losses = ours.get(path)
-            if not isinstance(losses, SampleLosses):
+            if losses is None:
                 raise ValueError(f"the view of {self.title} gives no SampleLosses for {written(path)}")
             value, expected = float(losses.shown()), float(loss.mean())
             if abs(value - expected) > 1e-3 * max(abs(expected), abs(value)):
@@ -200,6 +200,15 @@ class VectorisedView(LossView):
                     f"the view of {self.title} gives {value:.6g} for {written(path)}, the host {expected:.6g}: its "
                     "sums divided by its normaliser must be the host's loss"
                 )
+
+
+def _taken_apart(result: Any, path: tuple = ()) -> Iterator[tuple[tuple, SampleLosses]]:
+    """Path, as those of :func:`losses_in`, and value of each loss in what a view's function returns."""
+    if isinstance(result, SampleLosses):
+        yield path, result
+    elif isinstance(result, (dict, tuple)):
+        for key, value in result.items() if isinstance(result, dict) else enumerate(result):
+            yield from _taken_apart(value, (*path, key))
 
 
 class RowwiseView(LossView):

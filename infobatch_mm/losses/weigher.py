@@ -119,29 +119,43 @@ class LossWeigher:
                 f"{len(shares)} images were mixed of {shares.shape[1]} samples in a batch of {size}: the weights of a "
                 "batch that is mixed in part, or grows, are not known; mix all of it, or train without InfoBatchHook"
             )
-        weights = self._sample_weights = self._sample_weights.to(shares.device)
         own = shares.diagonal()
         share, partner = (shares - own.diag()).max(dim=1)
-        weights_of_partners = weights[partner]
-        mixed = self._pair_weights(weights, weights_of_partners)
-        if self._indices is not None:  # a repeated sample can be mixed with itself
-            indices = self._indices.to(shares.device)
-            mixed = torch.where(indices == indices[partner], weights, mixed)
-        mixed = torch.where(own > 0, mixed, weights_of_partners)
-        self._weights = torch.where(share > 0, mixed, weights)
+        self.pair(torch.where(share > 0, partner, torch.arange(size, device=shares.device)))
+        assert self._weights is not None
+        self._weights = torch.where(own > 0, self._weights, self._sample_weights[partner])
         self._shares = shares
 
-    @contextmanager
-    def narrowed(self, rows: list[int], data_samples: Sequence[Any] | None = None) -> Iterator[None]:
-        """Take a part of the batch for the batch: for losses that are computed over some of its samples.
+    def pair(self, partner: Tensor) -> None:
+        """Learn that each image of the batch is seen by the model together with another.
+
+        From here on the weights are those of the pairs; scores stay each image's own.
 
         Args:
-            rows (list[int]): Their places in the batch.
+            partner (Tensor): Place in the batch of each image's partner, shape ``(B,)``, int64; its own where it
+                has none.
+        """
+        assert self._sample_weights is not None
+        weights = self._sample_weights = self._sample_weights.to(partner.device)
+        # A repeated sample can be paired with itself.
+        names = torch.arange(len(weights)) if self._indices is None else self._indices
+        names = names.to(partner.device)
+        paired = self._pair_weights(weights, weights[partner])
+        self._weights = torch.where(names == names[partner], weights, paired)
+
+    @contextmanager
+    def narrowed(self, rows: list[int] | Tensor, data_samples: Sequence[Any] | None = None) -> Iterator[None]:
+        """Take other rows for the batch: for losses that are computed over some of its samples, or over parts of them.
+
+        The score of a sample with several rows is their mean.
+
+        Args:
+            rows (list[int] | Tensor): The place in the batch of the sample that each row belongs to, int64.
             data_samples (Sequence, optional): What their losses are given for data samples.
         """
         assert self._weights is not None
         outer = self._weights, self.data_samples, self._scores, self._valid
-        places = torch.tensor(rows, device=self._weights.device)
+        places = torch.as_tensor(rows, device=self._weights.device)
         self._weights, self.data_samples = self._weights[places], data_samples
         self._scores = self._valid = None
         try:
@@ -151,8 +165,9 @@ class LossWeigher:
             self._weights, self.data_samples, self._scores, self._valid = outer
         if scores is not None and valid is not None:
             places = places.to(scores.device)
-            whole = scores.new_zeros(self.batch_size)
-            self.score(whole.index_copy(0, places, scores), whole.bool().index_copy(0, places, valid))
+            none = scores.new_zeros(self.batch_size)
+            counts = none.index_add(0, places, valid.to(none))
+            self.score(none.index_add(0, places, scores) / counts, counts > 0)
 
     def restart(self) -> None:
         """Forget the scores so far: the batch goes through the model once more."""
