@@ -63,7 +63,21 @@ def read_summary(work_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def read_arm(work_dir: Path, metric: str, schedule: Schedule, wall_time_s: float) -> Arm:
+def last_checkpoint(work_dir: Path) -> Path:
+    """The last checkpoint that a run wrote.
+
+    Raises:
+        SystemExit: If there is none.
+    """
+    note = work_dir / "last_checkpoint"
+    if not note.is_file():
+        raise SystemExit(f"the run in {work_dir} wrote no checkpoint to go on from: give it a CheckpointHook")
+    return Path(note.read_text().strip())
+
+
+def read_arm(
+    work_dir: Path, metric: str, schedule: Schedule, wall_time_s: float, fine_tuned: Path | None = None
+) -> Arm:
     """What a run left behind.
 
     Args:
@@ -71,12 +85,17 @@ def read_arm(work_dir: Path, metric: str, schedule: Schedule, wall_time_s: float
         metric (str): Name of the metric in its log.
         schedule (Schedule): :func:`schedule_of` the unpruned run, whole or shortened.
         wall_time_s (float): Its wall-clock.
+        fine_tuned (Path, optional): Where a run that started from its last checkpoint left its log, which then
+            has the metric; visits and wall-clock stay those of the run itself.
 
     Returns:
         Arm: Visits are counted as they were made: a pruned run's from its summary.
     """
     summary = read_summary(work_dir)
-    points = [(line["step"], line[metric]) for line in _validations(work_dir) if metric in line]
+    if fine_tuned is None:
+        points = [(line["step"], line[metric]) for line in _validations(work_dir) if metric in line]
+    else:  # epoch_40.pth, iter_4000.pth
+        points = [(int(last_checkpoint(work_dir).stem.split("_")[-1]), last_value(fine_tuned, metric))]
     steps, quality = [step for step, _ in points], [value for _, value in points]
     kept = [] if summary is None else summary["per_pass"]
     if schedule.loop == "iterations":  # every batch of an iteration loop is full
@@ -87,6 +106,11 @@ def read_arm(work_dir: Path, metric: str, schedule: Schedule, wall_time_s: float
         visits = [sum(entry["kept"] for entry in kept[:step]) for step in steps]
         iterations = summary["iterations"]
     return Arm(visits, quality, iterations, wall_time_s, [entry["kept_ratio"] for entry in kept])
+
+
+def last_value(work_dir: Path, metric: str) -> float:
+    """The metric at the last validation of a run."""
+    return [line[metric] for line in _validations(work_dir) if metric in line][-1]
 
 
 def _validations(work_dir: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,13 @@ from _arms import METRICS, Arm
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-COLOURS = {"baseline": "#555555", "infobatch": "#d1495b", "shortened": "#3d7ea6", "random": "#e09f3e"}
+COLOURS = {
+    "baseline": "#555555",
+    "infobatch": "#d1495b",
+    "shortened": "#3d7ea6",
+    "random": "#e09f3e",
+    "scratch": "#999999",
+}
 #: Arm -> what it gave, see :meth:`_arms.Arm.row`.
 Rows = Mapping[str, Mapping[str, float]]
 

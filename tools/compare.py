@@ -1,12 +1,14 @@
 """Train a pair of configs, unpruned and pruned, and set them side by side.
 
     python tools/compare.py UNPRUNED PRUNED [--seeds 0 1] [--shortened] [--random] [--metric NAME]
-        [--work-dir DIR] [--cfg-options k=v ...]
+        [--then CONFIG] [--work-dir DIR] [--cfg-options k=v ...]
 
 Leaves ``comparison.json`` and ``comparison.png`` in the work dir, with several seeds one of each per seed and a
 ``comparison.json`` of their means and standard deviations. Two controls, each with the visits that the pruned
 run made: ``--shortened`` is the unpruned config that ends earlier, its schedule shortened; ``--random`` prunes
-at random, with the same rescaling and annealing. For configs by iterations and by epochs.
+at random, with the same rescaling and annealing. For configs by iterations and by epochs. A pre-training has no
+quality of its own: ``--then`` names the config of a fine-tuning that starts from the last checkpoint of each run,
+and, for comparison, from none.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _arms import find_metric, read_arm, read_summary
+from _arms import Arm, find_metric, last_checkpoint, last_value, read_arm, read_summary
 from _controls import at_random, hook_index, is_by_epoch, missing_data, schedule_of, shortened
 from _report import Rows, means, plot, table
 from mmengine.config import Config, DictAction
@@ -81,10 +83,17 @@ def compare(args: argparse.Namespace, seed: int, work_dir: Path, cfg: Config, co
 
     def run(arm: str, config: Path, *extra: str) -> None:
         elapsed[arm] = train(arm, config, work_dir / arm, [*common, *extra], progress)
+        if args.then is not None:
+            fine_tune(arm, f".checkpoint={last_checkpoint(work_dir / arm)}")
 
+    def fine_tune(arm: str, start: str) -> None:
+        options = [f"randomness.seed={seed}", f"model.backbone.init_cfg{start}"]
+        train(f"{arm}, fine-tuned", args.then, tuned / arm, options, progress)
+
+    tuned = work_dir / "fine-tuned"
     with Progress(*columns, console=console) as progress:
         run("baseline", args.unpruned)
-        metric = find_metric(work_dir / "baseline", args.metric)
+        metric = find_metric(work_dir / "baseline" if args.then is None else tuned / "baseline", args.metric)
         run("infobatch", args.pruned)
         summary = read_summary(work_dir / "infobatch")
         assert summary is not None
@@ -93,7 +102,14 @@ def compare(args: argparse.Namespace, seed: int, work_dir: Path, cfg: Config, co
             run("shortened", args.unpruned, *shortened(cfg, schedule, summary["samples_seen"]))
         if args.random:
             run("random", args.pruned, *at_random(merged(args.pruned, args.cfg_options), schedule, summary))
-    arms = {arm: read_arm(work_dir / arm, metric, schedule, seconds) for arm, seconds in elapsed.items()}
+        if args.then is not None:
+            fine_tune("scratch", "=None")
+    arms = {
+        arm: read_arm(work_dir / arm, metric, schedule, seconds, args.then and tuned / arm)
+        for arm, seconds in elapsed.items()
+    }
+    if args.then is not None:
+        arms["scratch"] = Arm([0], [last_value(tuned / "scratch", metric)], 0, 0.0, [])
     rows = {name: arm.row(metric) for name, arm in arms.items()}
     saved = 1 - rows["infobatch"]["visits"] / rows["baseline"]["visits"]
     write(work_dir / "comparison.json", {"metric": metric, **rows, "saved_ratio": saved}, console)
@@ -127,12 +143,28 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
             f"the data set {missing} is not there: draw it (make demo-data, make demo-shapes), or say where it is "
             "with data_root= or the variable that the config names"
         )
+    if args.then is not None:
+        check_then(parser, args.then)
     if args.shortened:
         try:
             shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
         except ValueError as error:
             parser.error(f"--shortened: {error}")
     return cfg
+
+
+def check_then(parser: argparse.ArgumentParser, config: Path) -> None:
+    """Refuse a fine-tuning that could not start from a checkpoint, or whose data is not there."""
+    if not config.is_file():
+        parser.error(f"there is no config {config}")
+    cfg = Config.fromfile(config)
+    if (cfg.model.backbone.get("init_cfg") or {}).get("type") != "Pretrained":
+        parser.error(
+            f"--then: the backbone of {config} starts from no checkpoint: give it init_cfg=dict(type='Pretrained', "
+            "checkpoint='', prefix='backbone.')"
+        )
+    if missing := missing_data(cfg):
+        parser.error(f"--then: the data set {missing} of {config} is not there")
 
 
 def main() -> None:
@@ -144,6 +176,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shortened", action="store_true", help="also train unpruned at the pruned run's budget")
     parser.add_argument("--random", action="store_true", help="also prune at random, as much as the pruned run did")
+    parser.add_argument("--then", type=Path, help="config of a fine-tuning from each run's last checkpoint")
     parser.add_argument("--metric", help="name in the log, e.g. mDice (default: mIoU or accuracy/top1)")
     parser.add_argument("--cfg-options", nargs="+", default=[], help="overrides for all arms, as in tools/train.py")
     args = parser.parse_args()

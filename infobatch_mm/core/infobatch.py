@@ -41,6 +41,9 @@ class InfoBatch:
         shuffle (bool): Whether passes are in random order. Defaults to True.
         item_seed (bool): Whether the items of :meth:`attach` are read under a seed of their own, made of seed,
             pass and position in the pass, so that augmentations repeat after a resume. Defaults to False.
+        score_ema (float): Share a of a sample's old score that stays when it is visited again, in [0, 1): the new
+            one is a * score + (1 - a) * loss. For losses that depend on a random mask, crop or timestep; goes with
+            any policy. Defaults to 0: the last loss, as in the paper.
 
     Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its
     share of each pass.
@@ -71,6 +74,7 @@ class InfoBatch:
         batch_size: int | None = None,
         shuffle: bool = True,
         item_seed: bool = False,
+        score_ema: float = 0.0,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
@@ -87,7 +91,7 @@ class InfoBatch:
         chosen = build_policy(policy, prune_ratio, delta)
         # Without a batch size the kept count need only divide among the processes.
         schedule = EpochSchedule(num_samples, num_epochs, batch_size=batch_size or world)
-        self._pruner = Pruner(schedule, chosen, seed, shuffle, item_seed=item_seed)
+        self._pruner = Pruner(schedule, chosen, seed, shuffle, item_seed=item_seed, score_ema=score_ema)
         require_equal(
             num_samples=num_samples,
             num_epochs=num_epochs,
@@ -96,6 +100,7 @@ class InfoBatch:
             batch_size=batch_size,
             shuffle=shuffle,
             item_seed=item_seed,
+            score_ema=score_ema,
         )
         self._sampler = _WalkSampler(self._pruner, rank(), world)
 

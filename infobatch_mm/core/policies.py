@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .plan import Plan, thinned_plan
+from .scores import is_number
 
 
 class PruningPolicy(ABC):
@@ -59,12 +60,12 @@ class AnnealedPolicy(PruningPolicy):
     """
 
     def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875) -> None:
-        if not _is_number(prune_ratio) or not 0 <= prune_ratio < 1:
+        if not is_number(prune_ratio) or not 0 <= prune_ratio < 1:
             raise ValueError(
                 f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the chance that a well-learned sample is "
                 "skipped; use 0.5 as in the paper, or 0 for full passes"
             )
-        if not _is_number(delta) or not 0 < delta <= 1:
+        if not is_number(delta) or not 0 < delta <= 1:
             raise ValueError(
                 f"delta={delta!r} is outside (0, 1]: it is the share of the training after which pruning stops; "
                 "use 0.875 as in the paper, or 1 to prune to the end"
@@ -196,7 +197,3 @@ def build_policy(
         raise ValueError(f"unknown policy {policy!r}: choose one of {sorted(_POLICIES)} or pass a PruningPolicy")
     chosen = _POLICIES[policy]
     return chosen(checked.prune_ratio, checked.delta) if issubclass(chosen, AnnealedPolicy) else chosen()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

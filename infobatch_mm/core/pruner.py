@@ -44,6 +44,8 @@ class Pruner:
         fingerprint (str): Identifies the data set beyond its length; compared on resume.
         item_seed (bool): Whether samplers hand out a seed with each index, made of run, pass and position,
             so that augmentations repeat after a resume. Defaults to False.
+        score_ema (float): Share of a sample's old score that stays at a new visit; see :class:`.ScoreStore`.
+            Defaults to 0.
 
     Attributes:
         store (ScoreStore): The scores.
@@ -65,6 +67,7 @@ class Pruner:
         shuffle: bool = True,
         fingerprint: str = "",
         item_seed: bool = False,
+        score_ema: float = 0.0,
     ) -> None:
         self.schedule = schedule
         self.policy = policy
@@ -74,7 +77,7 @@ class Pruner:
         self.shuffle = shuffle
         self.fingerprint = fingerprint
         self.item_seed = item_seed
-        self.store = ScoreStore(schedule.num_samples)
+        self.store = ScoreStore(schedule.num_samples, score_ema)
         self.plan: Plan | None = None
         self.pass_index = 0
         self.visited = 0
@@ -248,6 +251,7 @@ class Pruner:
         total = self.schedule.total_samples / self.schedule.num_samples
         return {
             **settings,
+            "score_ema": self.store.score_ema,
             "num_samples": self.schedule.num_samples,
             "passes_done": self.pass_index,
             "passes_total": int(total) if total.is_integer() else total,
@@ -274,6 +278,7 @@ class Pruner:
             "num_samples": self.schedule.num_samples,
             "fingerprint": self.fingerprint,
             "settings": self.policy.settings(),
+            "score_ema": self.store.score_ema,
             "batch_size": self.schedule.batch_size,
             "schedule": {**self.schedule.settings(), "pass_samples": self.schedule.full_visits(self.pass_index)},
             "seed": self.seed,
@@ -333,10 +338,12 @@ class Pruner:
                 f"{state['fingerprint']!r}, this data set has {self.fingerprint!r}); resume with the data set it was "
                 "trained on"
             )
-        settings = self.policy.settings()
-        if state["settings"] != settings:
+        # States of earlier versions have no average.
+        before = {**state["settings"], "score_ema": state.get("score_ema", 0.0)}
+        settings = {**self.policy.settings(), "score_ema": self.store.score_ema}
+        if before != settings:
             raise ValueError(
-                f"cannot resume: the checkpoint was pruned with {dict(state['settings'])}, this run has {settings}; "
+                f"cannot resume: the checkpoint was pruned with {before}, this run has {settings}; "
                 "use the same settings, or start a new run from its weights with load_from"
             )
         for key, dtype in (("scores", torch.float32), ("seen", torch.bool), ("times_seen", torch.int32)):

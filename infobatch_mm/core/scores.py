@@ -1,9 +1,10 @@
-"""The score of every sample: its last per-sample loss, and whether it has one."""
+"""The score of every sample: its last per-sample loss, or an average of its last ones, and whether it has one."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +25,26 @@ class ScoreStore:
 
     Args:
         num_samples (int): Size of the data set, at least 1.
+        score_ema (float): Share a of the old score that stays when a sample is visited again, in [0, 1): its score
+            becomes a * score + (1 - a) * loss. Where the loss depends on a random mask, crop or timestep, an
+            average over visits ranks samples better than one draw does. Defaults to 0: the last loss.
 
     Attributes:
-        values (Tensor): Last score of each sample, shape ``(num_samples,)``, float32; 0 where unseen.
+        values (Tensor): Score of each sample, shape ``(num_samples,)``, float32; 0 where unseen.
         seen (Tensor): Whether a sample has a score, shape ``(num_samples,)``, bool.
         times_seen (Tensor): How often a score was recorded, shape ``(num_samples,)``, int32.
         num_nonfinite (int): Losses that were NaN or infinite; never recorded.
         num_invalid (int): Visits without a valid pixel, or of a replaced sample; never recorded.
 
     Raises:
-        ValueError: If ``num_samples`` is smaller than 1.
+        ValueError: If ``num_samples`` is smaller than 1, or ``score_ema`` out of its range.
     """
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self, num_samples: int, score_ema: float = 0.0) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
+        check_score_ema(score_ema)
+        self.score_ema = float(score_ema)
         self.num_samples = int(num_samples)
         self.values = torch.zeros(num_samples, dtype=torch.float32)
         self.seen = torch.zeros(num_samples, dtype=torch.bool)
@@ -46,7 +52,7 @@ class ScoreStore:
         self.num_nonfinite = 0
         self.num_invalid = 0
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._unmerged: list[tuple[Tensor, Tensor]] = []
+        self._unmerged: list[_Records] = []
         self._uncounted = torch.zeros(2, dtype=torch.int64)  # counts that the other ranks do not know yet
 
     def record(self, indices: Tensor, losses: Tensor, valid: Tensor | None = None) -> None:
@@ -78,9 +84,9 @@ class ScoreStore:
         self._count(nonfinite=int((real & valid & ~finite).sum()), invalid=int((real & ~valid).sum()))
         usable = real & valid & finite
         indices, losses = indices[usable], losses[usable]
-        self._write(indices, losses)
         if world_size() > 1:
-            self._unmerged.append((indices, losses))
+            self._unmerged.append(_Records(indices, losses, self.values[indices], self.seen[indices]))
+        self._write(indices, losses)
 
     def _count(self, nonfinite: int, invalid: int) -> None:
         self.num_nonfinite += nonfinite
@@ -96,18 +102,18 @@ class ScoreStore:
         self.flush()
         if world_size() == 1:
             return
-        indices = torch.cat([i for i, _ in self._unmerged] or [torch.empty(0, dtype=torch.int64)])
-        losses = torch.cat([s for _, s in self._unmerged] or [torch.empty(0, dtype=torch.float32)])
-        self._unmerged = []
+        indices = torch.cat([each.indices for each in self._unmerged] or [torch.empty(0, dtype=torch.int64)])
+        losses = torch.cat([each.losses for each in self._unmerged] or [torch.empty(0, dtype=torch.float32)])
+        # Our own records are written already: take them back and write all ranks' in rank order, so that a
+        # sample visited on two ranks ends with the same score everywhere.
+        while self._unmerged:
+            self._take_back(self._unmerged.pop())
         counts = torch.stack(all_gather_ragged(self._uncounted)).sum(0) - self._uncounted
         self.num_nonfinite += int(counts[0])
         self.num_invalid += int(counts[1])
         self._uncounted.zero_()
         gathered_indices = all_gather_ragged(indices)
         gathered_losses = all_gather_ragged(losses)
-        # Our own records are already counted: take them back and write all ranks' in rank order, so
-        # that a sample visited on two ranks ends with the same score everywhere.
-        np.subtract.at(self.times_seen.numpy(), indices.numpy(), 1)
         for rank_indices, rank_losses in zip(gathered_indices, gathered_losses, strict=True):
             self._write(rank_indices, rank_losses)
 
@@ -139,11 +145,34 @@ class ScoreStore:
         return bool(self._unmerged)
 
     def _write(self, indices: Tensor, losses: Tensor) -> None:
-        # numpy's assignment keeps the last of repeated indices; torch does not promise which.
-        where = indices.numpy()
-        self.values.numpy()[where] = losses.numpy()
-        self.seen.numpy()[where] = True
+        where, values, seen = indices.numpy(), self.values.numpy(), self.seen.numpy()
         np.add.at(self.times_seen.numpy(), where, 1)
+        if self.score_ema == 0:
+            # numpy's assignment keeps the last of repeated indices; torch does not promise which.
+            values[where] = losses.numpy()
+            seen[where] = True
+            return
+        new, stays = losses.numpy(), np.float32(self.score_ema)
+        while len(where):  # once, but for samples that were visited several times
+            _, first = np.unique(where, return_index=True)
+            at, loss = where[first], new[first]
+            values[at] = np.where(seen[at], stays * values[at] + (1 - stays) * loss, loss)
+            seen[at] = True
+            where, new = np.delete(where, first), np.delete(new, first)
+
+    def _take_back(self, records: _Records) -> None:
+        np.subtract.at(self.times_seen.numpy(), records.indices.numpy(), 1)
+        self.values[records.indices] = records.values_before
+        self.seen[records.indices] = records.seen_before
+
+
+class _Records(NamedTuple):
+    """Records of this rank that the others have not seen, and what the store held before."""
+
+    indices: Tensor
+    losses: Tensor
+    values_before: Tensor
+    seen_before: Tensor
 
 
 def _join(tensors: tuple[Tensor, ...]) -> Tensor:
@@ -151,3 +180,17 @@ def _join(tensors: tuple[Tensor, ...]) -> Tensor:
     if len({t.device for t in tensors}) > 1:
         return torch.cat([t.cpu() for t in tensors])
     return torch.cat(tensors).cpu()
+
+
+def check_score_ema(score_ema: float) -> None:
+    """Refuse a share of the old score that is outside [0, 1)."""
+    if not is_number(score_ema) or not 0 <= score_ema < 1:
+        raise ValueError(
+            f"score_ema={score_ema!r} is outside [0, 1): it is the share of a sample's old score that stays when it is "
+            "visited again; use 0 for its last loss, 0.8 for an average over about five visits"
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
 from ..core.distributed import require_equal
+from ..core.scores import check_score_ema
 from ..losses import AttachedViews, LossWeigher, attach_views
 from . import process_state
 from .checkpoints import CheckpointGuard, check_resume_point, check_state
@@ -59,6 +60,9 @@ class InfoBatchHook(Hook):
         item_seed (bool): Whether every item is read under a seed of its own, made of the run's seed, pass and
             position in the pass, so that augmentations repeat after a resume also in worker processes. The
             host's random streams are then not those of the unpruned run. Defaults to False.
+        score_ema (float): Share a of a sample's old score that stays when it is visited again, in [0, 1): the new
+            one is a * score + (1 - a) * loss. For losses that depend on a random mask or crop; goes with any
+            policy. Defaults to 0: the last loss, as in the paper.
 
     Raises:
         ValueError: Before training starts, for arguments out of range and for configs that cannot be
@@ -82,12 +86,15 @@ class InfoBatchHook(Hook):
         *,
         score_auxiliary: bool = False,
         item_seed: bool = False,
+        score_ema: float = 0.0,
     ) -> None:
+        check_score_ema(score_ema)
         self._given = given(prune_ratio=prune_ratio, delta=delta, policy=policy)
         build_policy(**self._given)
         self._seed = seed
         self._score_auxiliary = score_auxiliary
         self._item_seed = item_seed
+        self._score_ema = score_ema
         self._pruner: Pruner | None = None
         self._weigher = LossWeigher()
         self._views: AttachedViews | None = None
@@ -140,7 +147,7 @@ class InfoBatchHook(Hook):
             seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
         shuffle = getattr(sampler, "shuffle", True)
         schedule = self._schedule(loop, loader)
-        self._pruner = Pruner(schedule, policy, seed, shuffle, fingerprint(dataset), self._item_seed)
+        self._pruner = Pruner(schedule, policy, seed, shuffle, fingerprint(dataset), self._item_seed, self._score_ema)
         self._num_repeats = getattr(sampler, "repeats", 1)
         require_equal(
             num_samples=schedule.num_samples,
@@ -148,6 +155,7 @@ class InfoBatchHook(Hook):
             batch_size=schedule.batch_size,
             seed=seed,
             num_repeats=self._num_repeats,
+            score_ema=self._score_ema,
             **policy.settings(),
             **schedule.settings(),
         )

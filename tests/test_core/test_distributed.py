@@ -78,9 +78,9 @@ def train(name: str, world: int, states: dict[str, Any] | None = None) -> list[d
     return seen
 
 
-def merged_stores(me: int) -> list[dict[str, Any]]:
+def merged_stores(me: int, score_ema: float = 0.0) -> list[dict[str, Any]]:
     """A store that both ranks write to, looked at after every merge."""
-    store, looks = ScoreStore(8), []
+    store, looks = ScoreStore(8, score_ema), []
 
     def look() -> None:
         looks.append({"values": store.values.clone(), "times": store.times_seen.clone(), "unmerged": store.unmerged})
@@ -114,6 +114,7 @@ def one_process(me: int, folder: str) -> None:
     seen["gathered"] = {key: all_gather_ragged(torch.tensor(v[me], dtype=torch.int64)) for key, v in GATHERED.items()}
     seen["dtypes"] = [all_gather_ragged(torch.ones(me + 1).to(dtype)) for dtype in DTYPES]
     seen["merged"] = merged_stores(me)
+    seen["averaged"] = merged_stores(me, score_ema=0.5)
     for name in RUNS:
         seen[name] = train(name, WORLD, states if name == "even" else None)
     try:
@@ -168,6 +169,16 @@ def test_merge_gives_all_ranks_equal_scores_and_is_idempotent(ranks: list[dict[s
     for look in first[4:] + second[4:]:
         assert look["values"].tolist() == [3.0, 0, 6.0, 0, 0, 0, 0, 7.0]
         assert look["times"].tolist() == [2, 0, 3, 0, 0, 0, 0, 2]
+
+
+def test_merged_averages_count_every_visit_once(ranks: list[dict[str, Any]]):
+    first, second = (seen["averaged"] for seen in ranks)
+    assert first[0]["values"][2] == 2.0 and second[0]["values"][2] == 4.0  # before
+    for look in first[1:4] + second[1:4]:
+        assert look["values"].tolist() == [2.0, 0, 3.0, 0, 0, 0, 0, 5.0]
+        assert look["times"].tolist() == [2, 0, 2, 0, 0, 0, 0, 1]
+    for look in first[4:] + second[4:]:
+        assert look["values"].tolist() == [2.0, 0, 4.5, 0, 0, 0, 0, 6.0]
 
 
 @pytest.mark.parametrize("name", list(RUNS))

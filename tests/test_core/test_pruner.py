@@ -24,9 +24,11 @@ def make(
     seed: int = 0,
     fingerprint: str = "",
     shuffle: bool = True,
+    score_ema: float = 0.0,
 ) -> Pruner:
     policy = policy or InfoBatchPolicy(0.5, 0.8)
-    return Pruner(EpochSchedule(num_samples, passes, batch_size), policy, seed, shuffle, fingerprint)
+    schedule = EpochSchedule(num_samples, passes, batch_size)
+    return Pruner(schedule, policy, seed, shuffle, fingerprint, score_ema=score_ema)
 
 
 def losses_of(indices: torch.Tensor, pass_index: int) -> torch.Tensor:
@@ -437,6 +439,16 @@ def test_own_policy_takes_part_in_a_run():
 
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
+    del state["score_ema"]  # which earlier versions did not write
     for key in state:
         with pytest.raises(ValueError, match=r"damaged|version"):
             make().check_state({k: v for k, v in state.items() if k != key})
+
+
+def test_state_of_another_average_is_refused_and_one_of_none_is_that_of_earlier_versions():
+    plain, averaged = make().state_dict(), make(score_ema=0.8).state_dict()
+    with pytest.raises(ValueError, match=r"'score_ema': 0\.8.*'score_ema': 0\.0"):
+        make().check_state(averaged)
+    with pytest.raises(ValueError, match=r"'score_ema': 0\.0.*'score_ema': 0\.8"):
+        make(score_ema=0.8).check_state({key: value for key, value in plain.items() if key != "score_ema"})
+    make().check_state({key: value for key, value in plain.items() if key != "score_ema"})

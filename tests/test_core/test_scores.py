@@ -190,3 +190,34 @@ def test_large_indices_are_exact():
     store.record(torch.tensor([2**24 + 1, 2**24 + 3]), torch.tensor([1.0, 2.0]))
     store.flush()
     assert np.flatnonzero(store.seen.numpy()).tolist() == [2**24 + 1, 2**24 + 3]
+
+
+@pytest.mark.parametrize("score_ema", [0.0, 0.5, 0.9])
+def test_score_is_the_average_of_all_visits_in_their_order(score_ema: float):
+    rng = random.Random(1)
+    store, twin = ScoreStore(20, score_ema), {}
+    for _ in range(600):
+        indices = [rng.randrange(20) for _ in range(rng.randint(1, 9))]  # also several times in one batch
+        losses = [rng.choice([rng.random(), float("nan")]) for _ in indices]
+        record(store, indices, losses)
+        for index, loss in zip(indices, losses, strict=True):
+            if loss == loss:
+                twin[index] = score_ema * twin[index] + (1 - score_ema) * loss if index in twin else loss
+    store.flush()
+    assert store.values.tolist() == pytest.approx([twin[i] for i in range(20)], rel=1e-5)
+
+
+def test_first_loss_is_a_score_as_it_is_and_the_state_goes_on_with_the_average():
+    store, other = ScoreStore(2, 0.75), ScoreStore(2, 0.75)
+    record(store, [1], [8.0])
+    other.load_state_dict(store.state_dict())
+    record(other, [1], [4.0])
+    other.flush()
+    assert other.values.tolist() == [0.0, 7.0]
+    assert other.seen.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("score_ema", [1, -0.1, float("nan"), "0.5", True])
+def test_average_outside_its_range_is_refused_with_the_value(score_ema: object):
+    with pytest.raises(ValueError, match=rf"score_ema={score_ema!r}.*\[0, 1\)"):
+        ScoreStore(3, score_ema)  # type: ignore[arg-type]
