@@ -34,14 +34,18 @@ def segmentation_samples(model: nn.Module, batch_size: int, size: int) -> list[A
     return samples
 
 
-def classification_samples(model: nn.Module, batch_size: int, size: int) -> list[Any]:
-    """Random labels."""
+def image_samples(model: nn.Module, batch_size: int, size: int) -> list[Any]:
+    """Random labels, where the head has classes; a masked autoencoder has none."""
     from mmpretrain.structures import DataSample
 
-    return [DataSample().set_gt_label(int(torch.randint(0, model.head.num_classes, ()))) for _ in range(batch_size)]
+    samples = [DataSample() for _ in range(batch_size)]
+    if hasattr(model.head, "num_classes"):
+        for sample in samples:
+            sample.set_gt_label(int(torch.randint(0, model.head.num_classes, ())))
+    return samples
 
 
-SAMPLES = {"mmseg": segmentation_samples, "mmpretrain": classification_samples}
+SAMPLES = {"mmseg": segmentation_samples, "mmpretrain": image_samples}
 
 
 def main() -> None:
@@ -61,7 +65,9 @@ def main() -> None:
     init_default_scope(scope)
     cfg.model.setdefault("data_preprocessor", cfg.get("data_preprocessor"))
     model = MODELS.build(cfg.model).train()
-    images = list(torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8))
+    images = torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
+    if cfg.train_dataloader.get("collate_fn", {}).get("type") != "default_collate":
+        images = list(images)
     samples = SAMPLES[scope](model, args.batch_size, args.size)
 
     def loss() -> torch.Tensor:

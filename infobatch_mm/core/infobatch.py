@@ -41,9 +41,9 @@ class InfoBatch:
         shuffle (bool): Whether passes are in random order. Defaults to True.
         item_seed (bool): Whether the items of :meth:`attach` are read under a seed of their own, made of seed,
             pass and position in the pass, so that augmentations repeat after a resume. Defaults to False.
-        score_ema (float): Share a of a sample's old score that stays when it is visited again, in [0, 1): the new
-            one is a * score + (1 - a) * loss. For losses that depend on a random mask, crop or timestep; goes with
-            any policy. Defaults to 0: the last loss, as in the paper.
+        score_ema (float): Decay of the average over a sample's visits that is its score, in [0, 1); for losses that
+            depend on a random mask, crop or timestep, with any policy; see :class:`.ScoreStore`. Defaults to 0:
+            the last loss, as in the paper.
 
     Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its
     share of each pass.

@@ -44,8 +44,7 @@ class Pruner:
         fingerprint (str): Identifies the data set beyond its length; compared on resume.
         item_seed (bool): Whether samplers hand out a seed with each index, made of run, pass and position,
             so that augmentations repeat after a resume. Defaults to False.
-        score_ema (float): Share of a sample's old score that stays at a new visit; see :class:`.ScoreStore`.
-            Defaults to 0.
+        score_ema (float): Decay of the average that is a sample's score; see :class:`.ScoreStore`. Defaults to 0.
 
     Attributes:
         store (ScoreStore): The scores.

@@ -25,9 +25,10 @@ class ScoreStore:
 
     Args:
         num_samples (int): Size of the data set, at least 1.
-        score_ema (float): Share a of the old score that stays when a sample is visited again, in [0, 1): its score
-            becomes a * score + (1 - a) * loss. Where the loss depends on a random mask, crop or timestep, an
-            average over visits ranks samples better than one draw does. Defaults to 0: the last loss.
+        score_ema (float): Decay a of the average over a sample's visits, in [0, 1): its loss of k visits ago counts
+            a**k, and the score is the weighted mean, an exponential moving average with the correction of its
+            beginning (Kingma and Ba, 2015, section 3). Where the loss depends on a random mask, crop or timestep,
+            that ranks samples better than one draw does. Defaults to 0: the last loss.
 
     Attributes:
         values (Tensor): Score of each sample, shape ``(num_samples,)``, float32; 0 where unseen.
@@ -145,19 +146,20 @@ class ScoreStore:
         return bool(self._unmerged)
 
     def _write(self, indices: Tensor, losses: Tensor) -> None:
-        where, values, seen = indices.numpy(), self.values.numpy(), self.seen.numpy()
-        np.add.at(self.times_seen.numpy(), where, 1)
+        where, new = indices.numpy(), losses.numpy()
+        values, seen, times = self.values.numpy(), self.seen.numpy(), self.times_seen.numpy()
+        seen[where] = True
         if self.score_ema == 0:
+            np.add.at(times, where, 1)
             # numpy's assignment keeps the last of repeated indices; torch does not promise which.
-            values[where] = losses.numpy()
-            seen[where] = True
+            values[where] = new
             return
-        new, stays = losses.numpy(), np.float32(self.score_ema)
         while len(where):  # once, but for samples that were visited several times
             _, first = np.unique(where, return_index=True)
-            at, loss = where[first], new[first]
-            values[at] = np.where(seen[at], stays * values[at] + (1 - stays) * loss, loss)
-            seen[at] = True
+            at = where[first]
+            times[at] += 1
+            share = ((1 - self.score_ema) / (1 - self.score_ema ** times[at])).astype(np.float32)
+            values[at] += share * (new[first] - values[at])
             where, new = np.delete(where, first), np.delete(new, first)
 
     def _take_back(self, records: _Records) -> None:
@@ -183,11 +185,11 @@ def _join(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def check_score_ema(score_ema: float) -> None:
-    """Refuse a share of the old score that is outside [0, 1)."""
+    """Refuse a decay that is outside [0, 1)."""
     if not is_number(score_ema) or not 0 <= score_ema < 1:
         raise ValueError(
-            f"score_ema={score_ema!r} is outside [0, 1): it is the share of a sample's old score that stays when it is "
-            "visited again; use 0 for its last loss, 0.8 for an average over about five visits"
+            f"score_ema={score_ema!r} is outside [0, 1): it is the decay of the average over a sample's visits; use 0 "
+            "for its last loss, 0.5 or 0.8 for an average over about two or five"
         )
 
 

@@ -12,6 +12,7 @@ except ImportError as error:
 
 from .hook import InfoBatchHook
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
+from .reconstruction import ReconstructionHook
 from .samplers import InfoBatchSampler
 
-__all__ = ["InfoBatchEpochLoop", "InfoBatchHook", "InfoBatchIterLoop", "InfoBatchSampler"]
+__all__ = ["InfoBatchEpochLoop", "InfoBatchHook", "InfoBatchIterLoop", "InfoBatchSampler", "ReconstructionHook"]

@@ -60,9 +60,9 @@ class InfoBatchHook(Hook):
         item_seed (bool): Whether every item is read under a seed of its own, made of the run's seed, pass and
             position in the pass, so that augmentations repeat after a resume also in worker processes. The
             host's random streams are then not those of the unpruned run. Defaults to False.
-        score_ema (float): Share a of a sample's old score that stays when it is visited again, in [0, 1): the new
-            one is a * score + (1 - a) * loss. For losses that depend on a random mask or crop; goes with any
-            policy. Defaults to 0: the last loss, as in the paper.
+        score_ema (float): Decay of the average over a sample's visits that is its score, in [0, 1); for losses that
+            depend on a random mask or crop, with any policy; see :class:`.ScoreStore`. Defaults to 0: the last
+            loss, as in the paper.
 
     Raises:
         ValueError: Before training starts, for arguments out of range and for configs that cannot be

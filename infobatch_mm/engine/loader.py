@@ -110,6 +110,11 @@ class IndexedLoader(DataLoader):
             self.worker_init_fn.pass_index = pass_index
 
     @property
+    def host_collate_fn(self) -> Callable:
+        """The host's collation, of items without their indices."""
+        return self.collate_fn.collate_fn
+
+    @property
     def current(self) -> BatchIndices:
         """Indices of the batch delivered last."""
         assert self._batch is not None, "no batch was delivered yet"

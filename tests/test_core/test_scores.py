@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 
 import numpy as np
@@ -195,16 +196,19 @@ def test_large_indices_are_exact():
 @pytest.mark.parametrize("score_ema", [0.0, 0.5, 0.9])
 def test_score_is_the_average_of_all_visits_in_their_order(score_ema: float):
     rng = random.Random(1)
-    store, twin = ScoreStore(20, score_ema), {}
+    store, visits = ScoreStore(20, score_ema), [[] for _ in range(20)]
     for _ in range(600):
         indices = [rng.randrange(20) for _ in range(rng.randint(1, 9))]  # also several times in one batch
         losses = [rng.choice([rng.random(), float("nan")]) for _ in indices]
         record(store, indices, losses)
         for index, loss in zip(indices, losses, strict=True):
             if loss == loss:
-                twin[index] = score_ema * twin[index] + (1 - score_ema) * loss if index in twin else loss
+                visits[index].insert(0, loss)
     store.flush()
-    assert store.values.tolist() == pytest.approx([twin[i] for i in range(20)], rel=1e-5)
+    counts = [[score_ema**k for k in range(len(losses))] for losses in visits]
+    twin = [sum(map(operator.mul, *pair)) / sum(pair[1]) for pair in zip(visits, counts, strict=True)]
+    assert store.values.tolist() == pytest.approx(twin, rel=1e-5)
+    assert store.times_seen.tolist() == [len(losses) for losses in visits]
 
 
 def test_first_loss_is_a_score_as_it_is_and_the_state_goes_on_with_the_average():
@@ -213,7 +217,7 @@ def test_first_loss_is_a_score_as_it_is_and_the_state_goes_on_with_the_average()
     other.load_state_dict(store.state_dict())
     record(other, [1], [4.0])
     other.flush()
-    assert other.values.tolist() == [0.0, 7.0]
+    assert other.values.tolist() == pytest.approx([0.0, (0.75 * 8 + 4) / 1.75])
     assert other.seen.tolist() == [False, True]
 
 

@@ -23,8 +23,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from infobatch_mm import InfoBatch
 from infobatch_mm.core import distributed, infobatch
 from infobatch_mm.demo.street import draw_dataset
-from infobatch_mm.engine import InfoBatchHook
+from infobatch_mm.engine import InfoBatchHook, ReconstructionHook
 from infobatch_mm.engine.hook import check_runner
+from infobatch_mm.engine.reconstruction import reconstruct
 from infobatch_mm.engine.samplers import InfoBatchSampler, pass_loader
 from infobatch_mm.losses import LossWeigher, attach_views
 from infobatch_mm.losses.mixing import MixingView
@@ -144,9 +145,35 @@ def sharded_model(case: Case) -> None:
     check_runner(runner)
 
 
-def no_classifier(case: Case) -> None:
-    selfsup = pytest.importorskip("mmpretrain.models.selfsup")
-    attach_views(selfsup.MAE.__new__(selfsup.MAE), LossWeigher())
+def other_average(case: Case) -> None:
+    case.resume(custom_hooks=[dict(**ONE_LINE[0], score_ema=0.8)])
+
+
+def text_retriever(case: Case) -> None:
+    retrievers = pytest.importorskip("mmpretrain.models.retrievers")
+    retriever = type(
+        "TextRetriever", (retrievers.BaseRetriever,), dict.fromkeys(retrievers.BaseRetriever.__abstractmethods__)
+    )
+    attach_views(retriever.__new__(retriever), LossWeigher())
+
+
+def moco(case: Case) -> None:
+    attach_views(headed("MoCo", "ContrastiveHead"), LossWeigher())
+
+
+def no_pixels(case: Case) -> None:
+    reconstruct(headed("BEiT", "BEiTV1Head"), {})
+
+
+def headed(model: str, head: str) -> torch.nn.Module:
+    """A model of MMPretrain with a head, of which nothing else was built."""
+    models = pytest.importorskip("mmpretrain.models")
+    bare = [getattr(package, name) for package, name in ((models.selfsup, model), (models.heads, head))]
+    made = [cls.__new__(cls) for cls in bare]
+    for module in made:
+        torch.nn.Module.__init__(module)
+    made[0].head = made[1]
+    return made[0]
 
 
 class MixThree:
@@ -266,6 +293,7 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "`delta=0`": lambda case: case.hooked(delta=0),
     "`policy='x'`": lambda case: case.hooked(policy="x"),
     "`seed=-1`": lambda case: case.hooked(seed=-1),
+    "`score_ema=1`": lambda case: case.hooked(score_ema=1),
     "two hooks": lambda case: case.train(custom_hooks=ONE_LINE * 2),
     "hook and sampler that differ": lambda case: case.train(
         set_to("train_dataloader.sampler", type="InfoBatchSampler", prune_ratio=0.3)
@@ -301,7 +329,10 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "`round_up=False` where samples do not divide": uneven_processes,
     "`num_repeats=0`": lambda case: InfoBatchSampler(range(10), num_repeats=0),
     "repeated augmentation of a fixed order": lambda case: InfoBatchSampler(range(10), shuffle=False, num_repeats=3),
-    "a model of MMPretrain that is no classifier": no_classifier,
+    "a model of MMPretrain that is neither a classifier nor self-supervised": text_retriever,
+    "a contrastive model: MoCo, SimCLR, DenseCL, SwAV, Barlow Twins": moco,
+    "`ReconstructionHook(num_images=0)`": lambda case: ReconstructionHook(num_images=0),
+    "`ReconstructionHook` with a model that predicts no pixels": no_pixels,
     "a batch augmentation that mixes three samples": mix_three,
     "DeepSpeed, FSDP and other strategies of `FlexibleRunner`": flexible_runner,
     "a model that is sharded by its wrapper": sharded_model,
@@ -317,6 +348,7 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "another `num_repeats` of repeated augmentation": lambda case: case.resume(
         **{"train_dataloader.sampler": dict(type="InfoBatchSampler", num_repeats=3)}
     ),
+    "another `score_ema`": other_average,
     "a state of a newer package": lambda case: case.resume(newer),
     "a state with a NaN score, a sample planned twice, a missing entry": lambda case: case.resume(nan_score),
     "a named checkpoint that was cut short": named_but_cut,
