@@ -118,7 +118,7 @@ def head_views(
         rule.method,
         separable=rule.separable,
         trusted=rule.trusted,
-        averaging=rule.averaging,
+        apart=rule.apart,
         axes=rule.axes,
         rows=rule.rows,
         valid=rule.valid or default.valid,

@@ -33,7 +33,7 @@ def _taken_apart(
     """
     size = len(elements)
     plain_mean = avg_factor is None and reduction == "mean"
-    counts = torch.full((size,), elements.numel() // size if plain_mean else 1, device=elements.device)
+    counts = torch.full((size,), elements.numel() // max(size, 1) if plain_mean else 1, device=elements.device)
     if valid is not None:
         counts = counts * valid
     normaliser = 1.0 if reduction == "sum" else elements.numel() if avg_factor is None else avg_factor

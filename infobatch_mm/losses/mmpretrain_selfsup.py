@@ -90,7 +90,7 @@ def self_supervised_views(model: nn.Module, weigher: LossWeigher) -> Iterator[Lo
             )
     method = "loss" if callable(getattr(type(head), "loss", None)) else "forward"
     # Of a head nobody registered it is not known that it compares no samples.
-    default = HeadRule(method=method, averaging=True)
+    default = HeadRule(method=method, apart=True)
     rule = head_rule(head)
     tokens = rule is not None and rule.view is TokenView
     yield from head_views("head", head, weigher, True, default, _refuse_tokens if tokens else None)
@@ -106,10 +106,12 @@ def _refuse_tokens(module: nn.Module, weigher: LossWeigher, scored: bool, title:
 def _masked_mean(elements: Tensor, mask: Tensor | None, divisor: float = 1) -> SampleLosses:
     """The host's mean over what is masked, by sample: the score is the mean over the sample's own mask."""
     if mask is None:
-        counts = torch.full((len(elements),), elements[0].numel(), device=elements.device)
+        counts = torch.full((len(elements),), elements.numel() // max(len(elements), 1), device=elements.device)
         return SampleLosses(samplewise_sum(elements), elements.numel(), counts, value=elements.detach().mean())
     masked = elements * mask
-    counts = samplewise_sum(mask.expand(len(elements), *mask.shape[1:]))
+    # A mask may be shared by the samples, and by the channels of an image: shapes are lined up at their end.
+    shape = (1,) * (elements.dim() - mask.dim()) + mask.shape
+    counts = samplewise_sum(mask.view(shape).expand(len(elements), *shape[1:]))
     value = masked.detach().sum() / mask.sum() / divisor
     return SampleLosses(samplewise_sum(masked) / divisor, mask.sum(), counts, value=value)
 

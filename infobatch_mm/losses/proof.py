@@ -38,7 +38,11 @@ def check_order(title: str, data_samples: Sequence[Any] | None, arguments: Itera
 
 
 def prove_samples_alike(
-    call: Callable[[Mapping[str, Any]], Any], batch: BatchedArguments, reset: Callable[[], None], title: str
+    call: Callable[[Mapping[str, Any]], Any],
+    batch: BatchedArguments,
+    reset: Callable[[], None],
+    title: str,
+    apart: bool = False,
 ) -> bool:
     """Refuse a loss that tells samples apart by their place in the batch, or leaves some of them out.
 
@@ -50,6 +54,7 @@ def prove_samples_alike(
         batch (BatchedArguments): The arguments of one call.
         reset (Callable): Puts random generators back to where the call found them.
         title (str): The loss's name.
+        apart (bool): Whether to refuse a loss that compares samples with one another, too. Defaults to False.
 
     Returns:
         bool: Whether the batch could prove anything: one of a single sample cannot.
@@ -65,12 +70,13 @@ def prove_samples_alike(
     if torch.is_autocast_enabled(device_type):  # half precision proves nothing
         batch = batch.in_float32()
     with torch.autocast(device_type, enabled=False):
-        _check_order_is_free(call, batch, reset, title)
-        _check_all_samples_count(call, batch, reset, title)
+        draws = _check_order_is_free(call, batch, reset, title)
+        _check_part_of_each(call, batch, reset, title, apart and not draws)
     return True
 
 
-def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callable, title: str) -> None:
+def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callable, title: str) -> bool:
+    """Returns whether the loss draws random numbers: another order of samples is another draw then."""
     size = batch.batch_size
     same = list(range(size))
     # A head that permutes its samples goes unnoticed in an order that commutes with what it does: flips,
@@ -90,10 +96,10 @@ def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callabl
                 values.append(_total(call(batch.reordered(order))))
     reset()
     if once is None or again is None:
-        return
+        return False
     tolerance = 100 * torch.finfo(once.dtype).eps
     if not _equal(once, again, tolerance):
-        return  # it draws random numbers: another order of samples is another draw
+        return True
     for one, other in zip(values[::2], values[1::2], strict=True):
         if one is None or other is None or not _equal(one, other, tolerance):
             first, second = ("none" if each is None else f"{float(each):.6g}" for each in (one, other))
@@ -102,35 +108,50 @@ def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callabl
                 f"its loss is {first}, but {second} for the same samples in another order; it drops, reorders or "
                 "mixes samples: expected a loss that treats the samples of a batch alike",
             )
+    return False
 
 
-def _check_all_samples_count(call: Callable, batch: BatchedArguments, reset: Callable, title: str) -> None:
+def _check_part_of_each(call: Callable, batch: BatchedArguments, reset: Callable, title: str, apart: bool) -> None:
+    """By the predictions of a sample, the gradient of the batch's loss is that of its own, or a multiple of it."""
     predictions, size = batch.predictions(), batch.batch_size
     with torch.enable_grad():
-        together = _gradient_norms(call(batch.reordered(list(range(size)))), predictions, size)
-        alone = [_gradient_norms(call(each), predictions, size)[i] for i, each in enumerate(batch.samples())]
+        together = _gradients(call(batch.reordered(list(range(size)))), predictions)
+        alone = [_gradients(call(each), predictions)[i] for i, each in enumerate(batch.samples())]
     reset()
-    for i, norm in enumerate(alone):
-        if float(norm) > 0 and float(together[i]) == 0:
+    known = [bool(own.isfinite().all()) for own in alone]
+    for i, (part, own) in enumerate(zip(together, alone, strict=True)):
+        if float(own.norm()) > 0 and float(part.norm()) == 0:
             raise cannot_be_weighed(
                 title,
                 f"sample {i} of {size} has a loss of its own, but no part in the loss of the batch: expected every "
                 "sample to count",
             )
+        # One without a masked patch may have a loss of 0/0 alone, but not all.
+        if apart and not (_parallel(part, own) if known[i] else any(known)):
+            raise cannot_be_weighed(
+                title,
+                f"sample {i} of {size} has another loss in the batch than alone: it compares the samples of a batch "
+                "with one another",
+            )
 
 
-def _gradient_norms(result: Any, predictions: list[tuple[Tensor, int]], batch_size: int) -> Tensor:
-    """How much the loss depends on the predictions of each sample, shape ``(B,)``."""
-    total = _total(result)
-    norms = torch.zeros(batch_size)
+def _parallel(one: Tensor, other: Tensor) -> bool:
+    norms = float(one.norm()), float(other.norm())
+    return norms[0] == 0 or float(one @ other) >= (1 - 1e-5) * norms[0] * norms[1] > 0
+
+
+def _gradients(result: Any, predictions: list[tuple[Tensor, int]]) -> Tensor:
+    """The gradient of the loss by the predictions of each sample, shape ``(B, ...)``."""
+    total, tensors = _total(result), [tensor for tensor, _ in predictions]
     if total is None or not total.requires_grad:
-        return norms
-    tensors = [tensor for tensor, _ in predictions]
-    gradients = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
-    for gradient, (_, axis) in zip(gradients, predictions, strict=True):
-        if gradient is not None:
-            norms += gradient.movedim(axis, 0).flatten(1).abs().sum(1).float().cpu()
-    return norms
+        found: tuple[Tensor | None, ...] = (None,) * len(tensors)
+    else:
+        found = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
+    rows = [
+        (torch.zeros_like(tensor) if gradient is None else gradient).movedim(axis, 0).flatten(1).float()
+        for gradient, (tensor, axis) in zip(found, predictions, strict=True)
+    ]
+    return torch.cat(rows, dim=1)
 
 
 def _total(result: Any) -> Tensor | None:

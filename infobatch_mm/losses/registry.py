@@ -31,7 +31,7 @@ class HeadRule:
             Defaults to one that only checks the order of the samples.
         separable (bool): Else whether these losses are sums over samples once their normalisers are held.
         trusted (bool): Else whether the head needs no proof that it treats the samples of a batch alike.
-        averaging (bool): Else whether a loss that is no mean of those of its samples alone is refused.
+        apart (bool): Else whether a loss that compares the samples of a batch with one another is refused.
         axes, rows, valid: See :class:`SamplewiseView`.
         function (Callable, optional): Else the head's vectorised view: see :func:`register_head_view`.
     """
@@ -42,7 +42,7 @@ class HeadRule:
     view: Callable[..., LossView] = OrderView
     separable: bool = False
     trusted: bool = False
-    averaging: bool = False
+    apart: bool = False
     axes: Mapping[str, int | None] | None = None
     rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None
     valid: Callable[[nn.Module, dict], Tensor | None] | None = None

@@ -35,8 +35,8 @@ class SamplewiseView(LossView):
         separable (bool): Whether the loss is a sum over samples once its normaliser is held.
         trusted (bool): Whether the host's loss is known to treat the samples alike, and not to write into
             its predictions. Others are put to the proof in the first step.
-        averaging (bool): Whether to refuse, in the first step, a loss that is no mean of those of the samples
-            alone: of a contrastive one there is no loss of a sample alone.
+        apart (bool): Whether to refuse, in the first step, a loss that compares the samples of a batch with one
+            another: in a contrastive one no sample has a loss of its own.
         axes (Mapping, optional): See :class:`BatchedArguments`.
         rows (Callable, optional): ``rows(owner, arguments)`` gives the ``rows`` of :class:`BatchedArguments`.
         valid (Callable, optional): ``valid(owner, arguments)`` tells which samples have something to be
@@ -55,7 +55,7 @@ class SamplewiseView(LossView):
         *,
         separable: bool = False,
         trusted: bool = False,
-        averaging: bool = False,
+        apart: bool = False,
         axes: Mapping[str, int | None] | None = None,
         rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None,
         valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
@@ -63,7 +63,7 @@ class SamplewiseView(LossView):
         super().__init__(owner, attribute, weigher, scored, title)
         self.separable = separable
         self._trusted = trusted
-        self._averaging = averaging
+        self._apart = apart
         self._met = False
         self._memory = Memory(owner)
         # Losses that are summed over the batch, and not averaged.
@@ -128,27 +128,9 @@ class SamplewiseView(LossView):
         if not self.separable and not batch.has_rows:
             self._learn_what_is_summed(batch, alone, valid)
             reset()
-        if self._averaging:
-            self._check_is_mean(batch, alone)
-            reset()
-        self._met = self._trusted or prove_samples_alike(self._call_aside, batch, reset, self.title)
+        self._met = self._trusted or prove_samples_alike(self._call_aside, batch, reset, self.title, self._apart)
         if batch.batch_size > 1:
             self._memory.settle()
-
-    def _check_is_mean(self, batch: BatchedArguments, alone: list[dict[tuple, Tensor]]) -> None:
-        """Refuse a loss of the batch that is neither a weighted mean of its samples' own losses nor their sum."""
-        with torch.no_grad():
-            result = self._call_aside(batch.arguments)
-        for path, losses in self._per_sample(result, alone).items():
-            whole, own = float(loss_at(result, path)), losses.tolist()
-            low, high = (sum(own), sum(own)) if path in self._summed else (min(own), max(own))
-            margin = 1e-3 * max(abs(low), abs(high), abs(whole))
-            if not low - margin <= whole <= high + margin:
-                raise cannot_be_weighed(
-                    self.title,
-                    f"{written(path)} is {whole:.4g} for the batch, but from {min(own):.4g} to {max(own):.4g} for its "
-                    "samples alone: it compares the samples of a batch with one another",
-                )
 
     def _learn_what_is_summed(
         self, batch: BatchedArguments, alone: list[dict[tuple, Tensor]], valid: Tensor | None
@@ -238,11 +220,14 @@ def _sound(per_sample: dict[tuple, Tensor], result: Any, valid: Tensor | None) -
     Alone, a sample without a valid pixel or a box may give 0/0, or a loss over an epsilon, where the host's
     loss of the whole batch is sound: it would spoil the gradient of all.
     """
-    if valid is None or not per_sample:
+    if not per_sample:
         return None
     own = torch.stack([losses.detach().abs() for losses in per_sample.values()]).sum(0)
     whole = torch.stack([loss_at(result, path).detach().float().abs().sum() for path in per_sample]).sum()
-    sound = (own <= _SOUND * whole) | valid.to(own.device)
+    # Of a loss that nobody knows, only a 0/0 tells of a sample with nothing in it, beside others with something.
+    sound = own.isfinite() if valid is None else (own <= _SOUND * whole) | valid.to(own.device)
+    if valid is None and not (bool(whole.isfinite()) and bool(sound.any())):
+        return None
     return None if bool(sound.all()) else sound.tolist()
 
 
