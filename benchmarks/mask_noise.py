@@ -2,10 +2,11 @@
 
     NUCLEI_ROOT=... python benchmarks/mask_noise.py [--config CONFIG] [--data FOLDER] [--epochs 40] [--draws 32]
 
-Trains the model of a config, pruned by the last loss. After some epochs the weights are held and some images go
-through it again and again, once with a new mask each time, once with a new crop as well. Compared with the mean over
-the latter, by Spearman's rank correlation and by the share of images that both put on the same side of the mean, which
-is what InfoBatch prunes by: single draws; the scores that training has left; averages of them (``score_ema``).
+Trains the model of a config, pruned by the last loss, with a cosine schedule of its own. After some epochs the weights
+are held and some images go through it again and again, once with a new mask each time, once with a new crop as well.
+Compared with the mean over the latter, by Spearman's rank correlation and by the share of images that both put on the
+same side of the mean, which is what InfoBatch prunes by: single draws; the scores that training has left; averages of
+them (``score_ema``).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def drawn(model: nn.Module, batches: Iterable[dict], draws: int) -> np.ndarray:
 
 
 def own_share(draws: np.ndarray) -> float:
-    """Share of the variance of single draws that lies between images (one-way analysis of variance)."""
+    """Share of the variance of single draws that lies between what was drawn for (one-way analysis of variance)."""
     within = draws.var(axis=0, ddof=1).mean()
     between = max(0.0, draws.mean(axis=0).var(ddof=1) - within / len(draws))
     return between / (between + within)
@@ -63,8 +64,13 @@ def look(model: nn.Module, chosen: DataLoader, stores: dict[float, ScoreStore], 
     of_masks = drawn(model, list(chosen), draws)
     of_both = drawn(model, chosen, draws)
     truth = of_both.mean(0)
-    shares = f"{own_share(of_masks):.1%} where the mask is drawn, {own_share(of_both):.1%} where the crop is as well"
-    title = f"after epoch {epoch}; share of the variance of one draw that lies between images: {shares}"
+    of_crops, of_images = own_share(of_masks), own_share(of_both)
+    reliability = of_images * draws / (1 + of_images * (draws - 1))  # Spearman-Brown: of the mean of all draws
+    title = (
+        f"after epoch {epoch}; of the variance of one draw, {of_crops:.1%} lies between crops where the mask is drawn, "
+        f"{of_images:.1%} between images where the crop is too; of that of the mean of {draws}, {reliability:.1%}; "
+        f"{np.mean(truth < truth.mean()):.1%} of the images are below the mean"
+    )
     table = Table("score", "rank correlation", "same side of the mean", title=title)
 
     def add(name: str, values: np.ndarray, others: np.ndarray = truth) -> None:
@@ -97,6 +103,8 @@ def main() -> None:
     epochs, batch_size = args.epochs or cfg.train_cfg.max_epochs, cfg.train_dataloader.batch_size
     looks = args.looks or [epochs // 4, epochs]
     MMLogger.get_current_instance().setLevel("ERROR")
+    if cfg.model.head.loss.criterion != "L2":
+        parser.error(f"{args.config} has another criterion than L2")
     init_default_scope("mmpretrain")
     set_random_seed(args.seed)
     if args.data is not None:

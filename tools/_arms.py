@@ -63,7 +63,7 @@ def read_summary(work_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def last_checkpoint(work_dir: Path) -> Path:
+def last_checkpoint(work_dir: Path) -> str:
     """The last checkpoint that a run wrote.
 
     Raises:
@@ -72,11 +72,16 @@ def last_checkpoint(work_dir: Path) -> Path:
     note = work_dir / "last_checkpoint"
     if not note.is_file():
         raise SystemExit(f"the run in {work_dir} wrote no checkpoint to go on from: give it a CheckpointHook")
-    return Path(note.read_text().strip())
+    return note.read_text().strip()
 
 
 def read_arm(
-    work_dir: Path, metric: str, schedule: Schedule, wall_time_s: float, fine_tuned: Path | None = None
+    work_dir: Path,
+    metric: str,
+    schedule: Schedule,
+    wall_time_s: float,
+    fine_tuned: Path | None = None,
+    length: int = 0,
 ) -> Arm:
     """What a run left behind.
 
@@ -87,6 +92,7 @@ def read_arm(
         wall_time_s (float): Its wall-clock.
         fine_tuned (Path, optional): Where a run that started from its last checkpoint left its log, which then
             has the metric; visits and wall-clock stay those of the run itself.
+        length (int): In that case, the epochs or iterations that the run's config says.
 
     Returns:
         Arm: Visits are counted as they were made: a pruned run's from its summary.
@@ -94,8 +100,10 @@ def read_arm(
     summary = read_summary(work_dir)
     if fine_tuned is None:
         points = [(line["step"], line[metric]) for line in _validations(work_dir) if metric in line]
-    else:  # epoch_40.pth, iter_4000.pth
-        points = [(int(last_checkpoint(work_dir).stem.split("_")[-1]), last_value(fine_tuned, metric))]
+    else:
+        if summary is not None and schedule.loop == "iterations":
+            length = summary["iterations"]
+        points = [(length, last_value(fine_tuned, metric))]
     steps, quality = [step for step, _ in points], [value for _, value in points]
     kept = [] if summary is None else summary["per_pass"]
     if schedule.loop == "iterations":  # every batch of an iteration loop is full

@@ -40,6 +40,7 @@ EPOCH = re.compile(r"Epoch\(train\) +\[ *(\d+)\]")
 def train(arm: str, config: Path, work_dir: Path, options: list[str], progress: Progress) -> float:
     """Train one arm in a process of its own, showing its log; returns its wall-clock in seconds."""
     max_epochs = merged(config, options).train_cfg.get("max_epochs")
+    (work_dir / "last_checkpoint").unlink(missing_ok=True)  # of an earlier run
     command = [sys.executable, str(ROOT / "tools/train.py"), str(config), "--work-dir", str(work_dir)]
     command += ["--cfg-options", *options]
     task = progress.add_task(arm, total=None)
@@ -77,17 +78,20 @@ def compare(args: argparse.Namespace, seed: int, work_dir: Path, cfg: Config, co
     # Plain lines where the output is kept in a file, a live bar on a terminal.
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     elapsed: dict[str, float] = {}
+    lengths: dict[str, int] = {}
     common = [*args.cfg_options, f"randomness.seed={seed}"]
     if "logger" in cfg.get("default_hooks", {}):  # validations are found in the log by the loop's own count
         common.append(f"default_hooks.logger.log_metric_by_epoch={is_by_epoch(cfg)}")
 
     def run(arm: str, config: Path, *extra: str) -> None:
         elapsed[arm] = train(arm, config, work_dir / arm, [*common, *extra], progress)
+        cfg = merged(config, [*common, *extra]).train_cfg
+        lengths[arm] = cfg.get("max_epochs") or cfg.max_iters
         if args.then is not None:
             fine_tune(arm, f".checkpoint={last_checkpoint(work_dir / arm)}")
 
     def fine_tune(arm: str, start: str) -> None:
-        options = [f"randomness.seed={seed}", f"model.backbone.init_cfg{start}"]
+        options = [*args.then_options, f"randomness.seed={seed}", f"model.backbone.init_cfg{start}"]
         train(f"{arm}, fine-tuned", args.then, tuned / arm, options, progress)
 
     tuned = work_dir / "fine-tuned"
@@ -105,7 +109,7 @@ def compare(args: argparse.Namespace, seed: int, work_dir: Path, cfg: Config, co
         if args.then is not None:
             fine_tune("scratch", "=None")
     arms = {
-        arm: read_arm(work_dir / arm, metric, schedule, seconds, args.then and tuned / arm)
+        arm: read_arm(work_dir / arm, metric, schedule, seconds, args.then and tuned / arm, lengths[arm])
         for arm, seconds in elapsed.items()
     }
     if args.then is not None:
@@ -144,7 +148,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
             "with data_root= or the variable that the config names"
         )
     if args.then is not None:
-        check_then(parser, args.then)
+        check_then(parser, args, cfg)
     if args.shortened:
         try:
             shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
@@ -153,18 +157,24 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
     return cfg
 
 
-def check_then(parser: argparse.ArgumentParser, config: Path) -> None:
-    """Refuse a fine-tuning that could not start from a checkpoint, or whose data is not there."""
-    if not config.is_file():
-        parser.error(f"there is no config {config}")
-    cfg = Config.fromfile(config)
-    if (cfg.model.backbone.get("init_cfg") or {}).get("type") != "Pretrained":
+def check_then(parser: argparse.ArgumentParser, args: argparse.Namespace, pretrained: Config) -> None:
+    """Refuse a fine-tuning that could not start from a checkpoint, or would measure nothing."""
+    if not args.then.is_file():
+        parser.error(f"there is no config {args.then}")
+    if "checkpoint" not in pretrained.get("default_hooks", {}):
+        parser.error(f"--then: {args.unpruned} has no default_hooks.checkpoint: there would be nothing to go on from")
+    cfg = merged(args.then, args.then_options)
+    start = cfg.model.backbone.get("init_cfg")
+    # Without the prefix not one name would match, and the host would go on from random weights.
+    if not isinstance(start, dict) or start.get("type") != "Pretrained" or not start.get("prefix"):
         parser.error(
-            f"--then: the backbone of {config} starts from no checkpoint: give it init_cfg=dict(type='Pretrained', "
+            f"--then: the backbone of {args.then} starts from no checkpoint: give it init_cfg=dict(type='Pretrained', "
             "checkpoint='', prefix='backbone.')"
         )
+    if not cfg.get("val_evaluator"):
+        parser.error(f"--then: {args.then} has no val_evaluator: there would be nothing to compare by")
     if missing := missing_data(cfg):
-        parser.error(f"--then: the data set {missing} of {config} is not there")
+        parser.error(f"--then: the data set {missing} of {args.then} is not there: draw it, or say where it is")
 
 
 def main() -> None:
@@ -177,8 +187,14 @@ def main() -> None:
     parser.add_argument("--shortened", action="store_true", help="also train unpruned at the pruned run's budget")
     parser.add_argument("--random", action="store_true", help="also prune at random, as much as the pruned run did")
     parser.add_argument("--then", type=Path, help="config of a fine-tuning from each run's last checkpoint")
+    parser.add_argument("--then-options", nargs="+", default=[], help="overrides for the fine-tunings")
     parser.add_argument("--metric", help="name in the log, e.g. mDice (default: mIoU or accuracy/top1)")
-    parser.add_argument("--cfg-options", nargs="+", default=[], help="overrides for all arms, as in tools/train.py")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        help="overrides for all arms of UNPRUNED and PRUNED, as in tools/train.py",
+    )
     args = parser.parse_args()
     cfg = check(parser, args)
 

@@ -15,7 +15,8 @@ from .policies import PruningPolicy
 from .schedule import Schedule
 from .scores import ScoreStore
 
-STATE_VERSION = 1
+#: 2 where scores are averages, which version 1 does not know of.
+STATE_VERSION = 2
 
 #: What :meth:`Pruner.state_dict` holds, so that checking a state copies none.
 _STATE_KEYS = (
@@ -273,7 +274,7 @@ class Pruner:
         """
         plan = self.plan
         return {
-            "version": STATE_VERSION,
+            "version": STATE_VERSION if self.store.score_ema else 1,
             "num_samples": self.schedule.num_samples,
             "fingerprint": self.fingerprint,
             "settings": self.policy.settings(),

@@ -15,6 +15,8 @@ from .distributed import all_gather_ragged, world_size
 # Pending records are moved to the store in blocks of this many batches, so that a step never waits
 # for the device and the list of pending tensors stays short.
 _FLUSH_EVERY = 256
+# Averages are taken in blocks of this many records, which are sorted: memory stays small.
+_BLOCK = 2**20
 
 
 class ScoreStore:
@@ -86,7 +88,7 @@ class ScoreStore:
         usable = real & valid & finite
         indices, losses = indices[usable], losses[usable]
         if world_size() > 1:
-            self._unmerged.append(_Records(indices, losses, self.values[indices], self.seen[indices]))
+            self._unmerged.append(_Records(indices, losses, self._held(indices)))
         self._write(indices, losses)
 
     def _count(self, nonfinite: int, invalid: int) -> None:
@@ -146,14 +148,19 @@ class ScoreStore:
         return bool(self._unmerged)
 
     def _write(self, indices: Tensor, losses: Tensor) -> None:
-        where, new = indices.numpy(), losses.numpy()
-        values, seen, times = self.values.numpy(), self.seen.numpy(), self.times_seen.numpy()
-        seen[where] = True
-        if self.score_ema == 0:
-            np.add.at(times, where, 1)
-            # numpy's assignment keeps the last of repeated indices; torch does not promise which.
-            values[where] = new
+        if self.score_ema:
+            for start in range(0, len(indices), _BLOCK):
+                self._average(indices[start : start + _BLOCK].numpy(), losses[start : start + _BLOCK].numpy())
             return
+        # numpy's assignment keeps the last of repeated indices; torch does not promise which.
+        where = indices.numpy()
+        self.values.numpy()[where] = losses.numpy()
+        self.seen.numpy()[where] = True
+        np.add.at(self.times_seen.numpy(), where, 1)
+
+    def _average(self, where: np.ndarray, new: np.ndarray) -> None:
+        values, times = self.values.numpy(), self.times_seen.numpy()
+        self.seen.numpy()[where] = True
         while len(where):  # once, but for samples that were visited several times
             _, first = np.unique(where, return_index=True)
             at = where[first]
@@ -162,10 +169,14 @@ class ScoreStore:
             values[at] += share * (new[first] - values[at])
             where, new = np.delete(where, first), np.delete(new, first)
 
+    def _held(self, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What records of these samples change; None where the next one takes its place in any case."""
+        return (self.values[indices], self.seen[indices]) if self.score_ema else None
+
     def _take_back(self, records: _Records) -> None:
         np.subtract.at(self.times_seen.numpy(), records.indices.numpy(), 1)
-        self.values[records.indices] = records.values_before
-        self.seen[records.indices] = records.seen_before
+        if records.before is not None:
+            self.values[records.indices], self.seen[records.indices] = records.before
 
 
 class _Records(NamedTuple):
@@ -173,8 +184,7 @@ class _Records(NamedTuple):
 
     indices: Tensor
     losses: Tensor
-    values_before: Tensor
-    seen_before: Tensor
+    before: tuple[Tensor, Tensor] | None
 
 
 def _join(tensors: tuple[Tensor, ...]) -> Tensor:

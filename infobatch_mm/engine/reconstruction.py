@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
 from ..core import rng
+from .hook import check_runner
 from .loader import IndexedLoader
 from .process_state import bare_model
 
@@ -31,11 +35,14 @@ class ReconstructionHook(Hook):
     Args:
         interval (int): Epochs, or iterations, between pictures, at least 1. Defaults to 10.
         num_images (int): Images, spread evenly over the data set, at least 1. Defaults to 8.
-        by_epoch (bool): Whether ``interval`` counts epochs. Defaults to True.
-        seed (int): Seed of crops and masks. Defaults to 0.
+        by_epoch (bool, optional): Whether ``interval`` counts epochs. Defaults to what the training loop counts.
+        seed (int): Seed of crops and masks, at least 0. Defaults to 0.
 
     Raises:
-        ValueError: If an argument is out of its range; before training starts, if the model predicts no pixels.
+        ValueError: If an argument is out of its range; before training starts, if the model predicts no pixels, or
+            is sharded.
+
+    Images are read in the main process, and shown in the channels' order that the model sees.
 
     Example:
         >>> default_hooks = dict(reconstruction=dict(type='infobatch_mm.engine.ReconstructionHook', interval=10))
@@ -44,18 +51,21 @@ class ReconstructionHook(Hook):
     # After InfoBatchHook, for which the iteration is then over.
     priority = "LOW"
 
-    def __init__(self, interval: int = 10, num_images: int = 8, by_epoch: bool = True, seed: int = 0) -> None:
-        for name, value in dict(interval=interval, num_images=num_images).items():
-            if value < 1:
-                raise ValueError(f"ReconstructionHook has {name}={value}: use at least 1")
+    def __init__(self, interval: int = 10, num_images: int = 8, by_epoch: bool | None = None, seed: int = 0) -> None:
+        for name, value, least in (("interval", interval, 1), ("num_images", num_images, 1), ("seed", seed, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"ReconstructionHook has {name}={value}: use a whole number, at least {least}")
         self.interval = interval
         self.num_images = num_images
         self.by_epoch = by_epoch
         self.seed = seed
 
     def before_train(self, runner: Any) -> None:
-        """Refuse a model that predicts no pixels."""
+        """Refuse a model that predicts no pixels, or of which one process has a part only."""
+        check_runner(runner)
         _reader(bare_model(runner))
+        if self.by_epoch is None:
+            self.by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
 
     def after_train_epoch(self, runner: Any) -> None:
         """Draw after every so many epochs."""
@@ -71,15 +81,12 @@ class ReconstructionHook(Hook):
     def _draw(self, runner: Any, step: int) -> None:
         loader = runner.train_dataloader
         collate = loader.host_collate_fn if isinstance(loader, IndexedLoader) else loader.collate_fn
-        last = len(loader.dataset) - 1
-        places = np.linspace(0, last, min(self.num_images, last + 1)).round().astype(int).tolist()
-        generators = rng.capture()
-        try:
-            torch.manual_seed(self.seed)  # masks may be drawn on the device
-            with rng.seeded((self.seed,)):
-                rows = reconstruct(bare_model(runner), collate([loader.dataset[place] for place in places]))
-        finally:
-            rng.restore(generators)
+        size, model = len(loader.dataset), bare_model(runner)
+        # In the middle of equal parts: a repeated data set begins anew at the edges of some.
+        number = min(self.num_images, size)
+        places = ((np.arange(number) + 0.5) * size / number).astype(int).tolist()
+        with _seeded(self.seed, next(model.parameters()).device):
+            rows = reconstruct(model, collate([loader.dataset[place] for place in places]))
         runner.visualizer.add_image("reconstruction", _picture(rows), step)
 
 
@@ -98,8 +105,13 @@ def reconstruct(model: nn.Module, data: Any) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: If the model predicts no pixels.
     """
     loss, read = _reader(model)
-    calls: list[tuple] = []
-    handle = loss.register_forward_pre_hook(lambda module, args: calls.append(args))
+    calls: list[inspect.BoundArguments] = []
+    signature = inspect.signature(type(loss).forward)
+
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append(signature.bind(module, *args, **kwargs))
+
+    handle = loss.register_forward_pre_hook(note, with_kwargs=True)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # no statistics are learned from these images
     try:
@@ -111,12 +123,25 @@ def reconstruct(model: nn.Module, data: Any) -> tuple[Tensor, Tensor, Tensor]:
         for module, training in modes:
             module.training = training
     images = batch["inputs"]
-    predicted, mask = read(images, *calls[-1])
+    if not calls:
+        raise ValueError(f"{type(model.head).__name__} has not called its loss module: its prediction cannot be drawn")
+    predicted, mask = read(images, *calls[-1].args[1:])
     preprocessor = model.data_preprocessor
     mean, std = getattr(preprocessor, "mean", 0.0), getattr(preprocessor, "std", 1.0)
     images, predicted = ((values.float() * std + mean).clamp(0, 255).cpu() for values in (images, predicted))
     hidden = mask.bool().cpu()
     return images, torch.where(hidden, 127.5, images), torch.where(hidden, predicted, images)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from the generators of the process and of the device under a seed, then put them back."""
+    on_cpu = device.type == "cpu"
+    fork = nullcontext() if on_cpu else torch.random.fork_rng([device], device_type=device.type)
+    with fork, rng.seeded((seed,)):
+        if not on_cpu:
+            torch.get_device_module(device).manual_seed(seed)
+        yield
 
 
 def _reader(model: nn.Module) -> tuple[nn.Module, Callable[..., tuple[Tensor, Tensor]]]:

@@ -101,12 +101,15 @@ def head_views(
     """
     title = f"{name} ({type(head).__name__})"
     rule = head_rule(head) or default
+    if not callable(getattr(head, rule.method, None)):
+        raise ValueError(
+            f"{title} has no {rule.method}(): its losses cannot be weighed; name the method that computes them with "
+            f"register_head_rule(..., HeadRule(method=...)), or {HOW_TO}"
+        )
     if rule.by_modules:
         yield rule.view(head, rule.method, weigher, title=title)
         yield from module_views(name, head, weigher, scored, default_loss)
         return
-    if not callable(getattr(head, rule.method, None)):
-        raise ValueError(f"{title} has no {rule.method}(): its losses cannot be weighed; {HOW_TO}")
     if rule.function is not None:
         yield VectorisedView(head, weigher, scored, title, rule.function, rule.method)
         return

@@ -69,7 +69,7 @@ def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = F
         ValueError: With the name of what cannot be weighed and what to do.
     """
     if isinstance(model, BaseSelfSupervisor):
-        return [*self_supervised_views(model, weigher), *model_views(model, weigher)]
+        return [*self_supervised_views(model, weigher), *_mixing(model, weigher), *model_views(model, weigher)]
     if not isinstance(model, (BaseClassifier, ImageToImageRetriever)):
         raise ValueError(
             f"{type(model).__name__} cannot be weighed: of MMPretrain's models the classifiers, "

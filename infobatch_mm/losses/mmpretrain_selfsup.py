@@ -37,8 +37,13 @@ class TokenView(LossView):
     Each token has the weight of its sample, whose score is the mean over its tokens.
     """
 
+    def __init__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(owner, *args, **kwargs)
+        self._signature = inspect.signature(self.host)
+
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        mask = inspect.signature(self.host).bind(*args, **kwargs).arguments["mask"]
+        mask = self._signature.bind(*args, **kwargs).arguments["mask"]
+        self.weigher.weights_on(mask.device)
         rows = mask.flatten(1).bool().nonzero()[:, 0]
         with self.weigher.narrowed(rows):
             return self.host(*args, **kwargs)
@@ -82,8 +87,9 @@ def self_supervised_views(model: nn.Module, weigher: LossWeigher) -> Iterator[Lo
     head, name = model.head, type(model).__name__
     if head is None:
         raise ValueError(f"{name} has no head: nothing to weigh; train it without InfoBatchHook")
+    rule = head_rule(head)
     for coupled, why in _COUPLED.items():
-        if isinstance(head, coupled):
+        if isinstance(head, coupled) and rule is None:
             raise ValueError(
                 f"{name} cannot be pruned ({type(head).__name__}): {why}, so no sample has a loss of its own, and "
                 "leaving some out changes that of the others; train it without InfoBatchHook"
@@ -91,7 +97,6 @@ def self_supervised_views(model: nn.Module, weigher: LossWeigher) -> Iterator[Lo
     method = "loss" if callable(getattr(type(head), "loss", None)) else "forward"
     # Of a head nobody registered it is not known that it compares no samples.
     default = HeadRule(method=method, apart=True)
-    rule = head_rule(head)
     tokens = rule is not None and rule.view is TokenView
     yield from head_views("head", head, weigher, True, default, _refuse_tokens if tokens else None)
 
@@ -137,13 +142,13 @@ def _context(
     return _masked_mean(tokens, None), _masked_mean(latents, None)
 
 
-def _view_by(function: Callable[..., SampleLosses | tuple]) -> ViewFactory:
+def _view_by(function: Callable[..., SampleLosses | tuple], trusted: bool = True) -> ViewFactory:
     def factory(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-        return VectorisedView(module, weigher, scored, title, function, trusted=True)
+        return VectorisedView(module, weigher, scored, title, function, trusted=trusted)
 
     return factory
 
 
 register_loss_factory(host.PixelReconstructionLoss, replace=False)(_view_by(_pixels))
 register_loss_factory(host.CosineSimilarityLoss, replace=False)(_view_by(_cosine))
-register_loss_factory(host.CAELoss, replace=False)(_view_by(_context))
+register_loss_factory(host.CAELoss, replace=False)(_view_by(_context, trusted=False))

@@ -71,7 +71,12 @@ def prove_samples_alike(
         batch = batch.in_float32()
     with torch.autocast(device_type, enabled=False):
         draws = _check_order_is_free(call, batch, reset, title)
-        _check_part_of_each(call, batch, reset, title, apart and not draws)
+        if apart and draws:
+            raise cannot_be_weighed(
+                title,
+                "it draws random numbers, so it cannot be seen whether it compares samples with one another",
+            )
+        _check_part_of_each(call, batch, reset, title, apart)
     return True
 
 
@@ -112,46 +117,52 @@ def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callabl
 
 
 def _check_part_of_each(call: Callable, batch: BatchedArguments, reset: Callable, title: str, apart: bool) -> None:
-    """By the predictions of a sample, the gradient of the batch's loss is that of its own, or a multiple of it."""
+    """By the predictions of a sample, the gradient of a loss of the batch is that of its own, or a multiple of it."""
     predictions, size = batch.predictions(), batch.batch_size
+    met, known = not apart, []
     with torch.enable_grad():
         together = _gradients(call(batch.reordered(list(range(size)))), predictions)
-        alone = [_gradients(call(each), predictions)[i] for i, each in enumerate(batch.samples())]
+        for i, each in enumerate(batch.samples()):
+            alone = _gradients(call(each), predictions)
+            own = {path: rows[i] for path, rows in alone.items()}
+            part = {path: rows[i] for path, rows in together.items()}
+            if any(row.norm() > 0 for row in own.values()) and not any(row.any() for row in part.values()):
+                raise cannot_be_weighed(
+                    title,
+                    f"sample {i} of {size} has a loss of its own, but no part in the loss of the batch: expected every "
+                    "sample to count",
+                )
+            # One without a masked patch may have a loss of 0/0 alone, but not all.
+            finite = all(bool(row.isfinite().all()) for row in own.values())
+            met = met or finite
+            if apart and finite and not all(_parallel(row, own.get(path)) for path, row in part.items()):
+                known.append(i)
     reset()
-    known = [bool(own.isfinite().all()) for own in alone]
-    for i, (part, own) in enumerate(zip(together, alone, strict=True)):
-        if float(own.norm()) > 0 and float(part.norm()) == 0:
-            raise cannot_be_weighed(
-                title,
-                f"sample {i} of {size} has a loss of its own, but no part in the loss of the batch: expected every "
-                "sample to count",
-            )
-        # One without a masked patch may have a loss of 0/0 alone, but not all.
-        if apart and not (_parallel(part, own) if known[i] else any(known)):
-            raise cannot_be_weighed(
-                title,
-                f"sample {i} of {size} has another loss in the batch than alone: it compares the samples of a batch "
-                "with one another",
-            )
+    if known or not met:
+        raise cannot_be_weighed(
+            title,
+            f"sample {known[0] if known else 0} of {size} has another loss in the batch than alone: it compares the "
+            "samples of a batch with one another, or adds means over different numbers of them",
+        )
 
 
-def _parallel(one: Tensor, other: Tensor) -> bool:
-    norms = float(one.norm()), float(other.norm())
-    return norms[0] == 0 or float(one @ other) >= (1 - 1e-5) * norms[0] * norms[1] > 0
+def _parallel(one: Tensor, other: Tensor | None) -> bool:
+    norm = float(one.norm())
+    return norm == 0 or (other is not None and float(one @ other) >= (1 - 1e-5) * norm * float(other.norm()) > 0)
 
 
-def _gradients(result: Any, predictions: list[tuple[Tensor, int]]) -> Tensor:
-    """The gradient of the loss by the predictions of each sample, shape ``(B, ...)``."""
-    total, tensors = _total(result), [tensor for tensor, _ in predictions]
-    if total is None or not total.requires_grad:
-        found: tuple[Tensor | None, ...] = (None,) * len(tensors)
-    else:
-        found = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
-    rows = [
-        (torch.zeros_like(tensor) if gradient is None else gradient).movedim(axis, 0).flatten(1).float()
-        for gradient, (tensor, axis) in zip(found, predictions, strict=True)
-    ]
-    return torch.cat(rows, dim=1)
+def _gradients(result: Any, predictions: list[tuple[Tensor, int]]) -> dict[tuple, Tensor]:
+    """The gradient of each loss by the predictions of the samples, shape ``(B, ...)``, by its path in the result."""
+    gradients, tensors = {}, [tensor for tensor, _ in predictions]
+    for path, loss in losses_in(result):
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss.sum(), tensors, retain_graph=True, allow_unused=True)
+            rows = [
+                (torch.zeros_like(tensor) if gradient is None else gradient).movedim(axis, 0).flatten(1).float()
+                for gradient, (tensor, axis) in zip(found, predictions, strict=True)
+            ]
+            gradients[path] = torch.cat(rows, dim=1)
+    return gradients
 
 
 def _total(result: Any) -> Tensor | None:

@@ -97,7 +97,7 @@ class SamplewiseView(LossView):
             self.weigher.score(torch.stack([losses.detach() for losses in per_sample.values()]).sum(0), valid)
         if held:
             return result
-        sound = _sound(per_sample, result, valid)
+        sound = None if valid is None and not self._apart else _sound(per_sample, result, valid)
         if sound is not None:  # stacked anew: 0 times a gradient that is NaN is NaN
             alone = [each if keep else _zeros(each) for each, keep in zip(alone, sound, strict=True)]
             per_sample = self._per_sample(result, alone)

@@ -136,10 +136,10 @@ class LossWeigher:
                 has none.
         """
         assert self._sample_weights is not None
-        weights = self._sample_weights = self._sample_weights.to(partner.device)
+        weights = self._sample_weights = self._sample_weights.to(partner.device, non_blocking=True)
         # A repeated sample can be paired with itself.
         names = torch.arange(len(weights)) if self._indices is None else self._indices
-        names = names.to(partner.device)
+        names = names.to(partner.device, non_blocking=True)
         paired = self._pair_weights(weights, weights[partner])
         self._weights = torch.where(names == names[partner], weights, paired)
 

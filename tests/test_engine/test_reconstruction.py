@@ -161,7 +161,7 @@ def test_a_model_that_predicts_no_pixels_is_refused_before_training(tmp_path: Pa
             drawing(tmp_path / method, method)
 
 
-@pytest.mark.parametrize("arguments", [dict(interval=0), dict(num_images=-1)])
+@pytest.mark.parametrize("arguments", [dict(interval=0), dict(interval=2.5), dict(num_images=-1), dict(seed=-1)])
 def test_arguments_out_of_range_are_refused_with_their_value(arguments: dict[str, int]) -> None:
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import subprocess
@@ -294,6 +295,99 @@ def test_several_seeds_give_mean_and_standard_deviation(
     printed = capsys.readouterr().out
     assert "81.00 ± 2.65" in printed
     assert "(+1.00 ± 2.65)" in printed
+
+
+@pytest.fixture
+def fine_tuning(tmp_path: Path) -> Config:
+    """A fine-tuning of 50 iterations that starts from a checkpoint, over data that is there."""
+    cfg = iterations(train_cfg=dict(max_iters=50), val_evaluator=dict(type="IoUMetric"))
+    cfg.train_dataloader.dataset.data_root = str(tmp_path)
+    start = dict(type="Pretrained", checkpoint="", prefix="backbone.")
+    cfg.model = dict(backbone=dict(type="ViT", init_cfg=start))
+    return cfg
+
+
+@pytest.mark.parametrize("by_epoch", [True, False], ids=["epochs", "iterations"])
+def test_a_pre_training_has_the_quality_of_the_fine_tuning_after_it(
+    pair: list[str], fine_tuning: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_epoch: bool
+) -> None:
+    import compare as tool
+
+    if not by_epoch:
+        for path in pair:
+            cfg = Config.fromfile(path)
+            cfg.train_cfg = dict(max_iters=52)
+            cfg.dump(path)
+    for path in pair:
+        cfg = Config.fromfile(path)
+        cfg.default_hooks.checkpoint = dict(type="CheckpointHook")
+        cfg.dump(path)
+    fine_tuning.dump(tmp_path / "tuning.py")
+    calls: list[tuple[str, Path, list[str]]] = []
+    quality = {"baseline": 57.0, "infobatch": 56.0, "shortened": 55.0, "random": 54.0, "scratch": 40.0}
+
+    def pretend(arm: str, config: Path, work_dir: Path, options: list[str], progress: Any) -> float:
+        calls.append((arm, work_dir, options))
+        arm, _, tuned = arm.partition(", ")
+        if tuned:
+            leave_log(work_dir, [{"mIoU": quality[arm] - 10, "step": 25}, {"mIoU": quality[arm], "step": 50}])
+            return 99.0
+        leave_log(work_dir, [], {"infobatch": [100, 64, 64, 100], "random": [80, 80, 80, 88]}.get(arm))
+        (work_dir / "last_checkpoint").write_text(f"/somewhere/{arm}-last.pth\n")
+        return 10.0
+
+    monkeypatch.setattr(tool, "train", pretend)
+    arguments = [*pair, "--shortened", "--random", "--then", str(tmp_path / "tuning.py"), "--work-dir", "out"]
+    monkeypatch.setattr("sys.argv", ["compare.py", *arguments, "--then-options", "train_cfg.max_iters=7"])
+    tool.main()
+
+    options = {arm: given for arm, _, given in calls}
+    for arm in ("baseline", "infobatch", "shortened", "random"):
+        start = f"model.backbone.init_cfg.checkpoint=/somewhere/{arm}-last.pth"
+        assert options[f"{arm}, fine-tuned"] == ["train_cfg.max_iters=7", "randomness.seed=0", start]
+    assert options["scratch, fine-tuned"][-1] == "model.backbone.init_cfg=None"
+    assert tool.merged(tmp_path / "tuning.py", options["scratch, fine-tuned"]).model.backbone.init_cfg is None
+    assert len({work_dir for _, work_dir, _ in calls}) == len(calls) == 9
+    result = json.loads(Path("out/comparison.json").read_text())
+    assert {arm: result[arm]["mIoU"] for arm in quality} == quality
+    visits = dict(baseline=400, infobatch=328, shortened=300, random=328, scratch=0)
+    if not by_epoch:  # 52 batches of 8 are 416 visits; the pruned runs' iterations are those of their summary
+        visits = dict(baseline=416, infobatch=42 * 8, shortened=41 * 8, random=41 * 8, scratch=0)
+    assert {arm: result[arm]["visits"] for arm in visits} == visits
+    assert {arm: result[arm]["wall_time_s"] for arm in ("baseline", "scratch")} == dict(baseline=10.0, scratch=0.0)
+
+
+def test_a_fine_tuning_that_would_measure_nothing_is_refused(
+    pair: list[str],
+    fine_tuning: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def then(**changes: Any) -> list[str]:
+        cfg = copy.deepcopy(fine_tuning)
+        cfg.merge_from_dict(changes)
+        cfg.dump(tmp_path / "tuning.py")
+        return [*pair, "--then", str(tmp_path / "tuning.py")]
+
+    def refused(message: str, arguments: list[str]) -> None:
+        with pytest.raises(SystemExit):
+            compare(monkeypatch, *arguments)
+        assert message in capsys.readouterr().err, message
+
+    refused("has no default_hooks.checkpoint", then())
+    for path in pair:
+        cfg = Config.fromfile(path)
+        cfg.default_hooks.checkpoint = dict(type="CheckpointHook")
+        cfg.dump(path)
+    start = "model.backbone.init_cfg"
+    refused("there is no config nowhere.py", [*pair, "--then", "nowhere.py"])
+    refused("starts from no checkpoint", then(**{f"{start}.prefix": None}))
+    refused("starts from no checkpoint", then(**{start: [dict(type="TruncNormal")]}))
+    refused("starts from no checkpoint", then(**{start: None}))
+    refused("has no val_evaluator", then(val_evaluator=None))
+    refused("the data set /nowhere", then(data_root="/nowhere"))
+    refused("the data set /nowhere", [*then(), "--then-options", "data_root=/nowhere"])
 
 
 def test_what_would_fail_later_is_refused_before_training(
