@@ -1,6 +1,6 @@
 """Every method folder of an installed host, weighed: how exact it is and what a step costs.
 
-    python benchmarks/zoo.py [--host mmseg|mmpretrain] [--json OUT] [--markdown OUT] [FOLDER ...]
+    python benchmarks/zoo.py [--host mmseg|mmpretrain|mmpretrain_selfsup] [--json OUT] [--markdown OUT] [FOLDER ...]
 
 One config of each folder (the cheapest; ADE20K's in MMSegmentation and in MMPretrain ImageNet-1k's where there is one)
 is built on the CPU, without pretrained weights and with BatchNorm for SyncBN, and takes training steps on random images
@@ -10,7 +10,8 @@ objective from the host's own losses; and the median ratio of alternating steps 
 if a folder that is weighed misses a tolerance.
 
 Of MMPretrain the classifiers are weighed, those by which self-supervised methods are evaluated among them; the steps
-include the data preprocessor, and with it Mixup and CutMix.
+include the data preprocessor, and with it Mixup and CutMix. mmpretrain_selfsup weighs what trains without labels, at
+the sizes of its configs and on batches of their own pipelines.
 
 Takes about ten minutes on two idle cores. On busy ones set OMP_WAIT_POLICY=passive, or threads burn them waiting for
 each other.
@@ -43,7 +44,7 @@ from zoo_host import BATCH_SIZE, Case, Host, OutOfScopeError, build_smallest, mi
 
 from infobatch_mm.losses import AttachedViews, LossWeigher, attach_views
 
-HOSTS = ("mmseg", "mmpretrain")
+HOSTS = ("mmseg", "mmpretrain", "mmpretrain_selfsup")
 TOLERANCES = {"rel_err_ones": 1e-6, "rel_err_random": 1e-4}
 #: Pairs of timed steps in a folder: at least and at most, and the seconds after which no more are begun.
 MIN_PAIRS, MAX_PAIRS, TIME_BOX = 3, 11, 10.0
@@ -57,6 +58,7 @@ class Result:
     status: str = "not_built"
     path: str | None = None
     mixing: str | None = None
+    targets: str | None = None
     rel_err_ones: float | None = None
     rel_err_random: float | None = None
     step_ratio: float | None = None
@@ -125,7 +127,9 @@ def check_folder(host: Host, folder: Path) -> Result:
     try:
         path = host.cheapest_config(folder)
         result.config = path.relative_to(folder.parent).as_posix()
-        case = build_smallest(host, host.model_config(path))
+        model = host.model_config(path)
+        result.targets = host.targets(model)
+        case = build_smallest(host, model)
     except OutOfScopeError as error:
         result.status, result.reason = host.out_of_scope, str(error)
         return result
@@ -151,14 +155,14 @@ def markdown(host: Host, results: dict[str, Result]) -> str:
         return "" if value is None else format(value, form)
 
     shown = {name: r for name, r in results.items() if r.status != host.out_of_scope}
-    mixes = any(r.mixing for r in shown.values())
-    columns = ["folder", "config", "path", *["mixing"] * mixes, "weights 1", "random weights", "step", "reason"]
+    extra = [name for name in ("mixing", "targets") if any(getattr(r, name) for r in shown.values())]
+    columns = ["folder", "config", "path", *extra, "weights 1", "random weights", "step", "reason"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, r in shown.items():
         config = (r.config or "").partition("/")[2].removesuffix(".py")
         figures = (cell(r.rel_err_ones, ".1e"), cell(r.rel_err_random, ".1e"), cell(r.step_ratio, ".2f"))
         reason = "" if r.status == "ok" else f"{r.status}: {r.reason}".replace("|", "\\|").replace("\n", " ")
-        cells = (name, config, r.path or "", *[r.mixing or ""] * mixes, *figures, reason)
+        cells = (name, config, r.path or "", *(getattr(r, each) or "" for each in extra), *figures, reason)
         lines.append(f"| {' | '.join(cells)} |")
     if out := sorted(results.keys() - shown.keys()):
         lines += ["", f"{host.out_of_scope.replace('_', ' ').capitalize()} ({len(out)}): {', '.join(out)}."]

@@ -91,6 +91,10 @@ class Host(ABC):
         """Names of what can mix the images of a batch."""
         return []
 
+    def targets(self, cfg: ConfigDict) -> str | None:
+        """What makes the targets of a model, where that is not what the host would download for it."""
+        return None
+
     def seeds(self, model: nn.Module) -> range:
         """Seeds from which exactness is measured."""
         return range(1)

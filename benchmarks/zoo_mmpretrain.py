@@ -42,12 +42,19 @@ class MMPretrain(Host):
     """
 
     package = "mmpretrain"
-    sizes = (32, 64, 128, 192, 224, 256, 384)
+    sizes: tuple[int, ...] = (32, 64, 128, 192, 224, 256, 384)
     needs = NEEDS
     out_of_scope = "not_classification"
+    #: What is weighed here, and where its configs are; self-supervised methods are evaluated by classification.
+    wanted = "classifier"
+    patterns: tuple[str, ...] = ("*.py", "benchmarks/*.py")
+
+    def is_wanted(self, model: dict) -> bool:
+        """Whether a model's config is one of those; models in deploy/ do not train."""
+        return model["type"] in CLASSIFIERS and bool(model.get("head") or "head" not in model)
 
     def cheapest_config(self, folder: Path) -> Path:
-        """Of the configs that train a classifier the one with the fewest operations, as the host's metafile has it."""
+        """Of the configs that are wanted the one with the fewest operations, as the host's metafile has it."""
         models = []
         if (metafile := folder / "metafile.yml").is_file():
             models = yaml.safe_load(metafile.read_text(encoding="utf-8"))["Models"]
@@ -57,24 +64,23 @@ class MMPretrain(Host):
             name = path.stem
             return "in1k" not in name, "linear" in name, flops.get(path.name) or math.inf, len(name), name
 
-        # Self-supervised methods are evaluated by classification, in benchmarks/; models in deploy/ do not train.
-        paths = sorted([*folder.glob("*.py"), *folder.glob("benchmarks/*.py")], key=cost)
+        paths = sorted([path for pattern in self.patterns for path in folder.glob(pattern)], key=cost)
         found = set()
         for path in paths:
             with suppress(ModuleNotFoundError, KeyError):  # detection, and configs that the host ships broken
-                model = self._config(path).get("model") or {}
-                if model.get("type") in CLASSIFIERS and (model.get("head") or "head" not in model):
+                model = self.read(path)["model"]
+                if self.is_wanted(model):
                     return path
                 found.add(f"{model['type']} without a head" if model["type"] in CLASSIFIERS else model["type"])
-        raise OutOfScopeError(f"trains no classifier, but {', '.join(sorted(found))}")
+        raise OutOfScopeError(f"trains no {self.wanted}, but {', '.join(sorted(found))}")
 
-    @staticmethod
-    def _config(path: Path) -> Config:
+    def read(self, path: Path) -> Config:
+        """The whole of a config."""
         return Config.fromfile(path, lazy_import=False)  # RepLKNet's are taken for lazy ones
 
     def model_config(self, path: Path) -> ConfigDict:
         """The model with its data preprocessor and with few classes."""
-        config = self._config(path)
+        config = self.read(path)
         model = offline(config.model)
         model.setdefault("data_preprocessor", offline(config.get("data_preprocessor", ConfigDict())))
         for part in _parts(model):
@@ -123,18 +129,10 @@ class MMPretrain(Host):
     def oracle(self, model: nn.Module, weights: Tensor) -> Iterator[None]:
         """The sum of weight times the host's loss of each image alone; that of a mixed one is the product of both."""
         of_images = weights.clone()
-        modules = {module.loss_module for module in model.modules() if hasattr(module, "loss_module")}
-        handles = [
-            module.register_forward_hook(partial(weighed_call, of_images), with_kwargs=True) for module in modules
-        ]
         augment = model.data_preprocessor.batch_augments
         mixed = augment and partial(weighed_mixing, weights, of_images, augment)
-        try:
-            with patch.object(model.data_preprocessor, "batch_augments", mixed):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        with weighed_losses(model, of_images), patch.object(model.data_preprocessor, "batch_augments", mixed):
+            yield
 
     def mixing(self, model: nn.Module) -> list[str]:
         augment = model.data_preprocessor.batch_augments
@@ -161,6 +159,18 @@ def _options(cfg: ConfigDict) -> set[str]:
     """Names of what the class of a config can be given."""
     cls = MODELS.get(cfg.type) if isinstance(cfg.get("type"), str) else None
     return set(inspect.signature(cls.__init__).parameters) if inspect.isclass(cls) else set()
+
+
+@contextmanager
+def weighed_losses(model: nn.Module, weights: Tensor) -> Iterator[None]:
+    """The heads' loss modules return the weighted objective; weights may change until they are called."""
+    modules = {module.loss_module for module in model.modules() if hasattr(module, "loss_module")}
+    handles = [module.register_forward_hook(partial(weighed_call, weights), with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def weighed_call(weights: Tensor, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:

@@ -25,5 +25,9 @@ optim_wrapper = dict(
             'mask_token': dict(decay_mult=0.),
             'cls_token': dict(decay_mult=0.)
         }))
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=5, max_keep_ckpts=1))
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=5, max_keep_ckpts=1),
+    # Named in full, it needs no custom_imports, which the pruned twins bring.
+    reconstruction=dict(type='infobatch_mm.engine.ReconstructionHook', interval=10))
 randomness = dict(seed=0)

@@ -1,5 +1,10 @@
 # What the small runs share: data laid out like ADE20K in batches of 8, SGD, validation by mIoU. A config that
-# inherits it adds its data sets' type, data_root and pipeline, its schedule and its iterations.
+# inherits it adds its data sets' type and data_root, its training pipeline, its schedule and its iterations.
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs')
+]
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
@@ -11,7 +16,8 @@ val_dataloader = dict(
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(data_prefix=dict(img_path='images/test', seg_map_path='annotations/test')))
+    dataset=dict(
+        data_prefix=dict(img_path='images/test', seg_map_path='annotations/test'), pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

@@ -22,15 +22,10 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs')
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
-]
 dataset = dict(type='BaseSegDataset', data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(dataset=dict(**dataset, pipeline=train_pipeline))
 # CamVid's validation split is one clip of the same drive: validate and report on the test split.
-val_dataloader = dict(dataset=dict(**dataset, pipeline=test_pipeline))
+val_dataloader = dict(dataset=dataset)
 test_dataloader = val_dataloader
 
 # 3670 iterations of 8 are 80 passes over 367 images.

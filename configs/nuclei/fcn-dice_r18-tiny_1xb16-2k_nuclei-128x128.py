@@ -22,14 +22,9 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs')
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
-]
 dataset = dict(type='BaseSegDataset', data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(batch_size=16, dataset=dict(**dataset, pipeline=train_pipeline))
-val_dataloader = dict(batch_size=16, dataset=dict(**dataset, pipeline=test_pipeline))
+val_dataloader = dict(batch_size=16, dataset=dataset)
 test_dataloader = val_dataloader
 
 # 2053 iterations of 16 are 8 passes over 4,107 tiles.

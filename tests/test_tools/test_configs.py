@@ -18,9 +18,11 @@ from infobatch_mm.zoo import config_path
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.py") if path.parent.name != "_base_")
 PRUNED = [path for path in CONFIGS if "-infobatch" in path.name]
+PRETRAINING = [path for path in CONFIGS if path.name.startswith("mae_vit")]
+FINE_TUNING = [path for path in CONFIGS if path.parent.name == "mae" and path not in PRETRAINING]
 
 
-def load(path: Path) -> Config:
+def load(path: str | Path) -> Config:
     try:
         return Config.fromfile(path, import_custom_modules=False)
     except ValueError as error:
@@ -54,7 +56,10 @@ def test_ade20k_configs_are_the_real_ones(path: Path) -> None:
     assert cfg.train_cfg.max_iters in (80000, 160000)
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if re.search("_(cifar100?|in1k)$", p.stem)], ids=lambda p: p.stem)
+LABELLED = [p for p in CONFIGS if re.search("_(cifar100?|in1k)$", p.stem) and p not in PRETRAINING]
+
+
+@pytest.mark.parametrize("path", LABELLED, ids=lambda path: path.stem)
 def test_cifar_and_imagenet_configs_are_the_real_ones(path: Path) -> None:
     cfg = load(path)
     data_set = path.stem.rsplit("_", 1)[-1]
@@ -62,11 +67,31 @@ def test_cifar_and_imagenet_configs_are_the_real_ones(path: Path) -> None:
     data_type, num_classes, max_epochs = names[data_set]
     assert {cfg[f"{split}_dataloader"].dataset.type for split in ("train", "val", "test")} == {data_type}
     assert cfg.model.head.num_classes == num_classes
-    assert cfg.train_cfg.max_epochs in ([max_epochs] if max_epochs else [100, 300])
+    named = re.search(r"-(\d+)e_", path.stem)
+    assert cfg.train_cfg.max_epochs in ([int(named[1])] if named else [max_epochs] if max_epochs else [100, 300])
     if cfg.model.backbone.type.startswith("ResNet"):
         depth = int(path.stem.removeprefix("resnet").split("_")[0])
         assert cfg.model.backbone.depth == depth
         assert cfg.model.head.in_channels == {18: 512, 50: 2048}[depth]
+
+
+@pytest.mark.parametrize("path", [p for p in PRETRAINING if "_in1k" in p.name], ids=lambda path: path.stem)
+def test_pretraining_configs_are_the_real_ones(path: Path) -> None:
+    cfg = load(path)
+    size, epochs = re.search(r"vit-(\w+)-p16.*-(\d+)e_", path.stem).groups()
+    assert (cfg.model.type, cfg.model.backbone.arch, cfg.model.head.norm_pix) == ("MAE", size[0], True)
+    assert cfg.model.neck.embed_dim == {"base": 768, "large": 1024}[size]
+    assert (cfg.train_dataloader.dataset.type, cfg.train_dataloader.batch_size) == ("ImageNet", 512)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[-1].end == int(epochs)
+
+
+@pytest.mark.parametrize("path", FINE_TUNING, ids=lambda path: path.stem)
+def test_a_fine_tuning_starts_where_a_pruned_pretraining_ends(path: Path) -> None:
+    folder, checkpoint = Path(load(path).model.backbone.init_cfg.checkpoint).parts[-2:]
+    (run,) = (each for each in PRETRAINING if each.stem == folder)
+    assert run in PRUNED
+    assert checkpoint == f"epoch_{load(run).train_cfg.max_epochs}.pth"
 
 
 def test_cifar100_differs_between_depths_in_the_model_only() -> None:
@@ -75,10 +100,11 @@ def test_cifar100_differs_between_depths_in_the_model_only() -> None:
     assert [key for key in shallow if shallow[key] != deep[key]] == ["model"]
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if "upernet" not in p.name], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_models_build_and_can_be_weighed(path: Path) -> None:
     cfg = load(path)
     pytest.importorskip(cfg.default_scope)
+    import torch
     from mmengine.registry import MODELS, init_default_scope
 
     from infobatch_mm.losses import LossWeigher, attach_views
@@ -86,7 +112,86 @@ def test_models_build_and_can_be_weighed(path: Path) -> None:
     init_default_scope(cfg.default_scope)
     cfg.model.pop("pretrained", None)
     cfg.model.backbone.pop("init_cfg", None)
-    attach_views(MODELS.build(cfg.model), LossWeigher()).restore()
+    # the large ones without their parameters, which would only cost time and memory
+    with torch.device("meta" if path.parent.name in ("mae", "upernet") else "cpu"):
+        model = MODELS.build(cfg.model)
+    attach_views(model, LossWeigher()).restore()
+
+
+@pytest.mark.parametrize("path", [p for p in FINE_TUNING if p not in PRUNED], ids=lambda path: path.stem)
+def test_every_weight_of_a_pretraining_arrives_and_computes_the_same(path: Path, tmp_path: Path) -> None:
+    cfg = load(path)
+    for host in (cfg.default_scope, "mmpretrain"):
+        pytest.importorskip(host)
+    import torch
+    from mmengine.registry import MODELS, DefaultScope
+
+    backbone = cfg.model.backbone
+    pretraining = load(path.with_name(f"{Path(backbone.init_cfg.checkpoint).parent.name}.py")).model
+    small = dict(embed_dims=24, num_layers=24 if "large" in path.name else 12, num_heads=3, feedforward_channels=48)
+    backbone.arch = pretraining.backbone.arch = small
+    pretraining.neck.embed_dim = 24
+    backbone.init_cfg.checkpoint = str(tmp_path / "epoch_1.pth")
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        pretrained = MODELS.build(pretraining)
+    for parameter in pretrained.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save(dict(state_dict=pretrained.state_dict()), tmp_path / "epoch_1.pth")
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        encoder = MODELS.build(backbone)
+        encoder.init_weights()
+    # the encoder of the pre-training, which masks nothing, and as an extractor of the same features
+    same = {key: getattr(encoder, key) for key in ("img_size", "out_indices", "out_type", "final_norm")}
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        reference = MODELS.build({**pretraining.backbone, **same})
+
+    encoded, arrived = pretrained.backbone.state_dict(), encoder.state_dict()
+    reference.load_state_dict(dict(encoded), strict=False)
+    expected = {**encoded, "pos_embed": reference.pos_embed}
+    for name in set(encoded) & set(arrived):
+        assert torch.equal(arrived[name], expected[name]), name
+    # what the hosts' own configs leave out, and what they begin anew
+    assert set(encoded) - set(arrived) <= {"ln1.weight", "ln1.bias"}
+    assert all(re.search(r"^ln2\.|gamma_|relative_position", name) for name in set(arrived) - set(encoded))
+
+    for name, parameter in encoder.named_parameters():
+        if "relative_position" in name:
+            assert parameter.abs().max() < 0.1  # noise, where MMSegmentation's own is zero
+            torch.nn.init.zeros_(parameter)
+    for module in (encoder, reference):
+        module.eval()  # answers None
+    with torch.no_grad():
+        images = torch.randn(2, 3, *encoder.img_size)
+        for ours, theirs in zip(encoder(images), reference(images, mask=None), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_the_segmentor_on_maes_encoder_is_trained_as_mmsegmentations_own() -> None:
+    """Parameters, learning rates by layer and weight decays are those of the host's config of this name."""
+    name = "mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py"
+    for host in ("mmseg", "mmpretrain"):
+        pytest.importorskip(host)
+    import torch
+    from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import MODELS, DefaultScope
+
+    def groups(path: str | Path, device: str) -> dict:
+        cfg = load(path)
+        cfg.model.pretrained = None
+        with DefaultScope.overwrite_default_scope("mmseg"), torch.device(device):
+            model = MODELS.build(cfg.model)
+            wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {
+            names[id(parameter)]: (parameter.shape, group["lr"], group["weight_decay"])
+            for group in wrapper.optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    ours = groups(ROOT / "configs/mae" / name, "meta")
+    assert ours == groups(config_path("mmseg", f"mae/{name}"), "cpu")
+    assert len({group[1:] for group in ours.values()}) == 28
 
 
 def test_camvid_root_comes_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +235,37 @@ def test_the_npz_config_trains_on_a_small_file(tmp_path: Path, monkeypatch: pyte
         summary = json.loads((tmp_path / "run/infobatch_summary.json").read_text())
         assert summary["samples_full"] == 120
         assert 0 < summary["samples_seen"] < 120
+
+
+def test_the_demo_pretrains_and_then_learns_to_segment(scenes: Path, tmp_path: Path) -> None:
+    for host in ("mmseg", "mmpretrain"):
+        pytest.importorskip(host)
+    import torch
+    from mmengine.runner import Runner
+
+    def run(name: str, **overrides: object) -> Runner:
+        cfg = Config.fromfile(ROOT / f"configs/mae/{name}.py")
+        cfg.merge_from_dict({"train_dataloader.batch_size": 4, "train_dataloader.dataset.data_root": str(scenes)})
+        cfg.merge_from_dict(overrides)
+        cfg.work_dir, cfg.experiment_name = str(tmp_path / name), name
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        summary = json.loads((tmp_path / name / "infobatch_summary.json").read_text())
+        assert 0 < summary["samples_seen"] < summary["samples_full"]
+        return runner
+
+    name = "mae_vit-tiny-p8_1xb64-coslr-infobatch-100e_demo-64px"
+    ends = {"param_scheduler.0.end": 1, "param_scheduler.1.begin": 1, "param_scheduler.1.end": 6}
+    encoder = run(name, **{"train_cfg.max_epochs": 6, **ends}).model.backbone
+    # without a learning rate it ends with the encoder that it began with
+    frozen = {"optim_wrapper.optimizer.lr": 0.0, "optim_wrapper.optimizer.weight_decay": 0.0}
+    frozen["model.backbone.init_cfg.checkpoint"] = str(tmp_path / name / "epoch_6.pth")
+    frozen.update({f"{split}_dataloader.dataset.data_root": str(scenes) for split in ("val", "test")})
+    ends = {"param_scheduler.0.end": 3, "param_scheduler.1.begin": 3, "param_scheduler.1.end": 30}
+    loop = {"train_cfg.max_iters": 30, "train_cfg.val_interval": 30}
+    segmentor = run("fcn_mae-vit-tiny-p8_1xb16-infobatch-450_demo-64x64", **frozen, **ends, **loop).model
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, segmentor.backbone.state_dict()[key]), key
 
 
 def test_unknown_zoo_configs_are_refused_by_name() -> None:

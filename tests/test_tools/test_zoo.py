@@ -117,3 +117,67 @@ def test_a_classifier_that_cannot_be_weighed_or_built_is_reported(zoo: ModuleTyp
     assert result.status == "not_built"
     if find_spec("timm") is None:
         assert result.reason == "needs timm"
+
+
+def unlabelled(folder: Path, name: str, model: dict[str, Any], *transforms: dict[str, Any]) -> Path:
+    """A folder with one config that trains on random crops of 112 x 112, masked or doubled by the transforms."""
+    crop = [dict(type="LoadImageFromFile"), dict(type="RandomResizedCrop", scale=112)]
+    pipeline = [*crop, *transforms, dict(type="PackInputs")]
+    loader = dict(dataset=dict(pipeline=pipeline))
+    (folder / name).mkdir()
+    (folder / name / f"{name}_tiny_in1k.py").write_text(f"model = {model}\ntrain_dataloader = {loader}\n")
+    return folder / name
+
+
+@pytest.fixture
+def maskfeat(tmp_path: Path) -> Path:
+    """A masked-image model whose masks come with the images."""
+    arch = dict(embed_dims=24, num_layers=2, num_heads=2, feedforward_channels=48)
+    model = dict(type="MaskFeat", backbone=dict(type="MaskFeatViT", arch=arch, img_size=112, patch_size=8))
+    model["neck"] = dict(type="LinearNeck", in_channels=24, out_channels=27, norm_cfg=None)
+    model["head"] = dict(type="MIMHead", loss=dict(type="PixelReconstructionLoss", criterion="L2"))
+    model["target_generator"] = dict(type="HOGGenerator", nbins=9, pool=8, gaussian_window=16)
+    masks = dict(type="BEiTMaskGenerator", input_size=14, num_masking_patches=78, min_num_patches=15)
+    return unlabelled(tmp_path, "maskfeat", model, masks)
+
+
+def test_self_supervised_models_are_weighed_by_their_masked_patches(
+    zoo: ModuleType, maskfeat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from infobatch_mm.losses import LossWeigher
+
+    host = import_module("zoo_mmpretrain_selfsup").HOST
+    right = zoo.check_folder(host, maskfeat)
+    assert (right.status, right.path, right.targets) == ("ok", "fast", None), right.reason
+    begin = LossWeigher.begin
+    monkeypatch.setattr(LossWeigher, "begin", lambda self, weights, pruned: begin(self, weights.flip(0), pruned))
+    wrong = zoo.check_folder(host, maskfeat)
+    assert (wrong.status, wrong.failed, wrong.rel_err_ones) == ("refused", True, 0)
+    assert "rel_err_random" in wrong.reason
+
+
+def test_the_oracles_parts_add_up_to_the_hosts_loss_under_uneven_masks(zoo: ModuleType, maskfeat: Path) -> None:
+    host = import_module("zoo_mmpretrain_selfsup").HOST
+    case = import_module("zoo_host").build_smallest(host, host.model_config(host.cheapest_config(maskfeat)))
+    for i, sample in enumerate(case.batch["data_samples"]):
+        sample.mask[: 3 * i] = 0
+    loss, _ = case.run()
+    parts = []
+    for one in torch.eye(4):
+        with host.oracle(case.model, one):
+            parts.append(case.run()[0])
+    assert sum(parts) == pytest.approx(loss, rel=1e-6)
+    assert parts == sorted(parts, reverse=True)
+    assert max(zoo.errors_from(case, torch.tensor([0.3, 2.0, 1.0, 0.7]), zoo.Result(), seed=0)) <= 1e-6
+
+
+def test_a_contrastive_model_is_refused_and_no_failure(zoo: ModuleType, classifier: Path, tmp_path: Path) -> None:
+    host = import_module("zoo_mmpretrain_selfsup").HOST
+    model = dict(type="SimCLR", backbone=dict(type="ResNet", depth=18, stem_channels=8, base_channels=8))
+    model["neck"] = dict(type="NonLinearNeck", in_channels=64, hid_channels=8, out_channels=8)
+    model["head"] = dict(type="ContrastiveHead", loss=dict(type="CrossEntropyLoss"))
+    views = dict(type="MultiView", num_views=2, transforms=[[dict(type="RandomFlip", prob=0.5)]])
+    refused = zoo.check_folder(host, unlabelled(tmp_path, "simclr", model, views))
+    assert (refused.status, refused.failed) == ("refused", False), refused.reason
+    assert "ContrastiveHead" in refused.reason
+    assert zoo.check_folder(host, classifier).status == "not_self_supervised"
