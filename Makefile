@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup ops demo demo-data demo-cls demo-shapes test test-slow test-ops faults lint zoo zoo-cls clean
+.PHONY: help setup ops demo demo-data demo-cls demo-shapes test test-slow test-ops faults lint zoo zoo-cls zoo-mae clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,7 +20,7 @@ help:
 	@echo "make faults     kill trainings and resume them, about five minutes"
 	@echo "make lint       ruff and mypy"
 	@echo "make zoo        weigh every method folder of MMSegmentation, about a quarter of an hour; make zoo-cls: the"
-	@echo "                classifiers of MMPretrain, as long"
+	@echo "                classifiers of MMPretrain, make zoo-mae: its self-supervised models, as long"
 	@echo "make ops        a second environment in $(OPS), with mmcv's operators compiled for the CPU and MMDetection;"
 	@echo "                make test-ops: the tests that need them"
 
@@ -80,6 +80,9 @@ zoo: $(VENV)/.installed
 
 zoo-cls: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/zoo.py --host mmpretrain --json work_dirs/zoo-cls.json --markdown work_dirs/zoo-cls.md
+
+zoo-mae: $(VENV)/.installed
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/zoo.py --host mmpretrain_selfsup --json work_dirs/zoo-mae.json --markdown work_dirs/zoo-mae.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -4,8 +4,9 @@ _base_ = [
     __import__('infobatch_mm.zoo').zoo.config_path('mmseg', 'mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py')
 ]
 
-# MMSegmentation's MAE would silently load nothing of MMPretrain's checkpoint, where all names have a prefix. MMPretrain's
-# BEiTViT takes it as it is, and is the same network: an encoder that learns relative positions and layer scales too.
+# MMSegmentation's MAE would silently load nothing of MMPretrain's checkpoint, where all names have a prefix.
+# MMPretrain's BEiTViT takes it as it is, and is the same network: an encoder that learns relative positions and layer
+# scales too.
 model = dict(
     pretrained=None,
     backbone=dict(
