@@ -4,11 +4,12 @@ VENV := .venv
 OPS := .venv-ops
 DEMO := configs/demo/fcn_r18-tiny_1xb8
 DEMO_CLS := configs/resnet/resnet18-tiny_1xb32
+DEMO_MAE := configs/mae/mae_vit-tiny-p8_1xb64-coslr
 BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup ops demo demo-data demo-cls demo-shapes test test-slow test-ops faults lint zoo zoo-cls zoo-mae clean
+.PHONY: help setup ops demo demo-data demo-cls demo-mae demo-shapes test test-slow test-ops faults lint zoo zoo-cls zoo-mae clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make demo       train a small segmentor without and with InfoBatch, and compare"
 	@echo "make demo-data  draw the demo's data set into data/demo"
 	@echo "make demo-cls   the same with a small classifier, on what make demo-shapes draws into data/demo-shapes"
+	@echo "make demo-mae   pre-train a small masked autoencoder, and fine-tune from it, about ten minutes"
 	@echo "make test       default test suite;  make test-slow: the long tests"
 	@echo "make faults     kill trainings and resume them, about five minutes"
 	@echo "make lint       ruff and mypy"
@@ -61,6 +63,9 @@ demo-shapes: data/demo-shapes/.drawn
 
 demo-cls: demo-shapes
 	$(BIN)/python tools/compare.py $(DEMO_CLS)-16e_demo-32px.py $(DEMO_CLS)-infobatch-16e_demo-32px.py --work-dir work_dirs/demo-cls
+
+demo-mae: demo-data
+	$(BIN)/python tools/compare.py $(DEMO_MAE)-100e_demo-64px.py $(DEMO_MAE)-infobatch-100e_demo-64px.py --then configs/mae/fcn_mae-vit-tiny-p8_1xb16-450_demo-64x64.py --work-dir work_dirs/demo-mae
 
 # Two tests at a time, each with one thread.
 test: $(VENV)/.installed

@@ -31,11 +31,12 @@ def plot(title: str, metric: str, arms: Mapping[str, Arm], path: Path) -> None:
     figure.suptitle(title)
     for name, arm in arms.items():
         label = f"{name}, {arm.quality[-1]:.2f} at the end"
-        left.plot(arm.visits, arm.quality, marker="o", markersize=3, color=COLOURS[name], label=label)
+        size = 3 if len(arm.visits) > 1 else 8
+        left.plot(arm.visits, arm.quality, marker="o", markersize=size, color=COLOURS[name], label=label)
     left.set(xlabel="sample visits", ylabel=_labelled(metric), title="Quality over visits")
     left.margins(x=0.06, y=0.15)
     left.grid(alpha=0.3)
-    left.legend(loc="lower right")
+    left.legend(loc="lower right" if all(len(arm.visits) > 1 for arm in arms.values()) else "best")
     for name, arm in arms.items():
         if not arm.kept:
             continue

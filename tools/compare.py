@@ -1,7 +1,7 @@
 """Train a pair of configs, unpruned and pruned, and set them side by side.
 
     python tools/compare.py UNPRUNED PRUNED [--seeds 0 1] [--shortened] [--random] [--metric NAME]
-        [--then CONFIG] [--work-dir DIR] [--cfg-options k=v ...]
+        [--then CONFIG] [--then-options k=v ...] [--work-dir DIR] [--cfg-options k=v ...]
 
 Leaves ``comparison.json`` and ``comparison.png`` in the work dir, with several seeds one of each per seed and a
 ``comparison.json`` of their means and standard deviations. Two controls, each with the visits that the pruned
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -48,14 +49,18 @@ def train(arm: str, config: Path, work_dir: Path, options: list[str], progress: 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         recent: list[str] = []
-        for line in process.stdout:
-            recent = [*recent[-40:], line]
-            if SHOWN.search(line):
-                progress.console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
-            if found := ITERATION.search(line):
-                progress.update(task, completed=int(found[1]), total=int(found[2]))
-            elif found := EPOCH.search(line):
-                progress.update(task, completed=int(found[1]), total=max_epochs)
+        try:
+            for line in process.stdout:
+                recent = [*recent[-40:], line]
+                if SHOWN.search(line):
+                    progress.console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+                if found := ITERATION.search(line):
+                    progress.update(task, completed=int(found[1]), total=int(found[2]))
+                elif found := EPOCH.search(line):
+                    progress.update(task, completed=int(found[1]), total=max_epochs)
+        except BaseException:  # nobody would read the training's log any more
+            process.terminate()
+            raise
     if process.returncode:
         raise SystemExit(f"the {arm} run failed:\n{''.join(recent)}")
     elapsed = time.perf_counter() - start
@@ -198,6 +203,8 @@ def main() -> None:
     args = parser.parse_args()
     cfg = check(parser, args)
 
+    # Whoever ends this process ends its training as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console = Console()
     results: dict[int, Rows] = {}
     for seed in args.seeds:

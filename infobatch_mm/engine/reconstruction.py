@@ -30,7 +30,8 @@ class ReconstructionHook(Hook):
 
     For MMPretrain's models that predict pixels: MAE and its kin, SimMIM, SparK. The picture goes to the runner's
     visualizer as ``reconstruction``: a column for each image, which is always the same crop under the same mask;
-    visible patches of the reconstruction are the image's own. Training goes on as if nothing had been drawn.
+    visible patches of the reconstruction are the image's own, and so are, with ``norm_pix``, mean and contrast of the
+    hidden ones, which the model does not predict. Training goes on as if nothing had been drawn.
 
     Args:
         interval (int): Epochs, or iterations, between pictures, at least 1. Defaults to 10.
