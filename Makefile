@@ -17,7 +17,7 @@ help:
 	@echo "make demo       train a small segmentor without and with InfoBatch, and compare"
 	@echo "make demo-data  draw the demo's data set into data/demo"
 	@echo "make demo-cls   the same with a small classifier, on what make demo-shapes draws into data/demo-shapes"
-	@echo "make demo-mae   pre-train a small masked autoencoder, and fine-tune from it, about ten minutes"
+	@echo "make demo-mae   pre-train a small masked autoencoder, and fine-tune from it, about a quarter of an hour"
 	@echo "make test       default test suite;  make test-slow: the long tests"
 	@echo "make faults     kill trainings and resume them, about five minutes"
 	@echo "make lint       ruff and mypy"
