@@ -113,12 +113,12 @@ def _masked_mean(elements: Tensor, mask: Tensor | None, divisor: float = 1) -> S
     if mask is None:
         counts = torch.full((len(elements),), elements.numel() // max(len(elements), 1), device=elements.device)
         return SampleLosses(samplewise_sum(elements), elements.numel(), counts, value=elements.detach().mean())
-    masked = elements * mask
+    masked, total = elements * mask, mask.sum()
     # A mask may be shared by the samples, and by the channels of an image: shapes are lined up at their end.
     shape = (1,) * (elements.dim() - mask.dim()) + mask.shape
     counts = samplewise_sum(mask.view(shape).expand(len(elements), *shape[1:]))
-    value = masked.detach().sum() / mask.sum() / divisor
-    return SampleLosses(samplewise_sum(masked) / divisor, mask.sum(), counts, value=value)
+    value = masked.detach().sum() / total / divisor
+    return SampleLosses(samplewise_sum(masked) / divisor, total, counts, value=value)
 
 
 def _pixels(module: nn.Module, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> SampleLosses:

@@ -119,7 +119,7 @@ def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callabl
 def _check_part_of_each(call: Callable, batch: BatchedArguments, reset: Callable, title: str, apart: bool) -> None:
     """By the predictions of a sample, the gradient of a loss of the batch is that of its own, or a multiple of it."""
     predictions, size = batch.predictions(), batch.batch_size
-    met, known = not apart, []
+    judged, compared = False, []
     with torch.enable_grad():
         together = _gradients(call(batch.reordered(list(range(size)))), predictions)
         for i, each in enumerate(batch.samples()):
@@ -133,16 +133,16 @@ def _check_part_of_each(call: Callable, batch: BatchedArguments, reset: Callable
                     "sample to count",
                 )
             # One without a masked patch may have a loss of 0/0 alone, but not all.
-            finite = all(bool(row.isfinite().all()) for row in own.values())
-            met = met or finite
-            if apart and finite and not all(_parallel(row, own.get(path)) for path, row in part.items()):
-                known.append(i)
+            if apart and all(bool(row.isfinite().all()) for row in own.values()):
+                judged = True
+                if not all(_parallel(row, own.get(path)) for path, row in part.items()):
+                    compared.append(i)
     reset()
-    if known or not met:
+    if compared or (apart and not judged):
         raise cannot_be_weighed(
             title,
-            f"sample {known[0] if known else 0} of {size} has another loss in the batch than alone: it compares the "
-            "samples of a batch with one another, or adds means over different numbers of them",
+            f"sample {compared[0] if compared else 0} of {size} has another loss in the batch than alone: it compares "
+            "the samples of a batch with one another, or adds means over different numbers of them",
         )
 
 

@@ -1,8 +1,6 @@
 """Whole models of mmpretrain: timm's and Hugging Face's, retrievers, copies, half precision, exchanged recipes."""
 
 import copy
-import io
-import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("mmpretrain")
-from mmengine.model import ExponentialMovingAverage
+from copies import every_copy_and_average
 from mmpretrain.engine import SwitchRecipeHook
 from mmpretrain.models import ImageToImageRetriever, RandomBatchAugment
 from mmpretrain.models.classifiers import BaseClassifier, HuggingFaceClassifier, TimmClassifier
@@ -222,22 +220,7 @@ def with_loss(name, **options):
     return build(classifier(linear_head(LOSSES[name]), **options))
 
 
-def saved_and_loaded(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-def averaged(model):
-    return ExponentialMovingAverage(model).module
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded, averaged],
-    ids=["deepcopy", "pickle", "torch_save", "moving_average"],
-)
+@every_copy_and_average
 @pytest.mark.parametrize("name", ["ce", "smooth", "focal", "seesaw"])
 def test_copies_are_the_hosts_and_nobody_elses(name, duplicate):
     model, host = with_loss(name, train_cfg=AUGMENT), with_loss(name, train_cfg=AUGMENT)

@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import io
-import pickle
 from itertools import combinations, permutations
 
 import pytest
@@ -11,8 +9,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("mmpretrain")
+from copies import every_copy_and_average
 from mmengine.logging import MessageHub
-from mmengine.model import BaseModule, ExponentialMovingAverage
+from mmengine.model import BaseModule
 from mmpretrain.models import CrossEntropyLoss, LabelSmoothLoss
 from mmpretrain.models.heads import (
     BEiTV1Head,
@@ -279,20 +278,21 @@ def test_a_sample_without_a_masked_token_is_not_scored_and_harms_nobody(name):
     assert all(each.isfinite().all() for each in ours.gradients.values())
 
 
+def half_step(case, model, *weighing):
+    def losses():
+        with torch.autocast("cpu", torch.bfloat16):
+            return case.losses(model)
+
+    return take_step(model, losses, *weighing)
+
+
 @every_head
 def test_under_autocast_values_are_the_hosts_and_scores_single_precision(name):
     case = HEADS[name]
     model, host = case.build(torch.bfloat16), case.build(torch.bfloat16)
     weigher, _ = attached(model)
 
-    def once(model, *weighing):
-        def losses():
-            with torch.autocast("cpu", torch.bfloat16):
-                return case.losses(model)
-
-        return take_step(model, losses, *weighing)
-
-    ours, theirs = once(model, weigher, torch.ones(BATCH), True), once(host)
+    ours, theirs = half_step(case, model, weigher, torch.ones(BATCH), True), half_step(case, host)
     assert_shows(ours, theirs, exact(name))
     assert relative_error(ours, theirs) <= 1e-2
     # bfloat16 has eight bits; labels are the best of logits, which it makes equal.
@@ -306,14 +306,7 @@ def test_models_under_autocast_show_the_host(name):
     model, host = case.build(), case.build()
     weigher, _ = attached(model)
 
-    def once(model, *weighing):
-        def losses():
-            with torch.autocast("cpu", torch.bfloat16):
-                return case.losses(model)
-
-        return take_step(model, losses, *weighing)
-
-    ours, theirs = once(model, weigher, torch.ones(BATCH), True), once(host)
+    ours, theirs = half_step(case, model, weigher, torch.ones(BATCH), True), half_step(case, host)
     assert_shows(ours, theirs, exact(name))
     assert relative_error(ours, theirs) <= 1e-2
     assert ours.scores.dtype == torch.float32 and ours.scored.all()
@@ -488,22 +481,7 @@ def test_models_are_given_back_as_they_were(name):
     assert weigher.end() == (None, None)
 
 
-def saved_and_loaded(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-def averaged(model):
-    return ExponentialMovingAverage(model).module
-
-
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded, averaged],
-    ids=["deepcopy", "pickle", "torch_save", "moving_average"],
-)
+@every_copy_and_average
 @pytest.mark.parametrize("name", ["mae", "simmim", "beit_v1", "beit_v2", "cae", "mixmim", "spark", "itpn_clip", "byol"])
 def test_copies_are_the_hosts_and_nobody_elses(name, duplicate):
     case = MODELS[name]

@@ -1,14 +1,13 @@
 """Whole segmentors: every head is weighted, the main one is scored, and nothing else of the model changes."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("mmseg")
+from copies import every_copy
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmseg.models.decode_heads import FCNHead
@@ -386,19 +385,8 @@ def test_a_restored_model_can_be_attached_again():
     assert weigher.end()[0] is not None
 
 
-def saved_and_loaded(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 @pytest.mark.parametrize("when", ["idle", "in_a_batch"])
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
-    ids=["deepcopy", "pickle", "torch_save"],
-)
+@every_copy
 def test_copies_have_the_hosts_criteria_and_leave_the_model_attached(duplicate, when):
     host, model = twins("fcn_several_auxiliary")
     weigher, _ = attached(model)

@@ -1,8 +1,6 @@
 """Views leave no trace: not in the random generators, nor in copies of the model, nor after a run."""
 
 import copy
-import io
-import pickle
 import random
 
 import numpy as np
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 
 pytest.importorskip("mmseg")
+from copies import every_copy
 from mmengine.model import ExponentialMovingAverage
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
@@ -174,13 +173,6 @@ def test_what_a_head_remembers_is_of_the_whole_batch(pruned):
 # ---------------------------------------------------------------- copies
 
 
-def saved_and_loaded(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 def methods(model):
     """Everything a view may stand in for."""
     yield model, "loss"
@@ -192,11 +184,7 @@ def methods(model):
 
 @every_model
 @pytest.mark.parametrize("when", ["idle", "in_a_batch"])
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
-    ids=["deepcopy", "pickle", "torch_save"],
-)
+@every_copy
 def test_copies_have_the_hosts_methods_bound_to_themselves(make, duplicate, when):
     model, host = make(), make()
     weigher, _ = attached(model)
