@@ -20,13 +20,22 @@ with contextlib.suppress(importlib.metadata.PackageNotFoundError):
 
 
 @pytest.fixture(autouse=True)
-def no_scope_left_behind() -> Iterator[None]:
-    """A run's default scope decides where the next test's models are looked up: a runner leaves its own behind."""
+def nothing_of_a_run_left_behind() -> Iterator[None]:
+    """MMEngine keeps what a runner named for the life of the process: the scope in which the next test's models are
+    looked up, and the visualizer (a second one of that name is the first, and writes into the first's directory)."""
     yield
     if "mmengine" in sys.modules:
         from mmengine.registry import DefaultScope
+        from mmengine.visualization import Visualizer
 
-        DefaultScope._instance_dict.clear()
+        for manager in (DefaultScope, *_family(Visualizer)):
+            manager._instance_dict.clear()
+
+
+def _family(cls: type) -> Iterator[type]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _family(subclass)
 
 
 @pytest.fixture(scope="session")
