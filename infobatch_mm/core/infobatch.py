@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, Dataset, IterableDataset, Sampler
 
 from .distributed import rank, require_equal, world_size
+from .loader import IndexedItems
 from .policies import PruningPolicy, build_policy
 from .pruner import Pruner
-from .sampler import PlanSampler, item_seed
+from .sampler import PlanSampler
 from .schedule import EpochSchedule
 
 
@@ -120,7 +121,7 @@ class InfoBatch:
                 f"this InfoBatch was made for {self._pruner.schedule.num_samples} samples, the data set has "
                 f"{len(dataset)}"
             )
-        return _IndexedItems(dataset)
+        return IndexedItems(dataset)
 
     @property
     def sampler(self) -> Sampler[int]:
@@ -309,17 +310,3 @@ def _callers() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
-
-
-class _IndexedItems(Dataset):
-    """Items as ``(index, item)``; a negative index marks a padding visit and is passed on as it is."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        with item_seed(index):
-            return int(index), self.dataset[int(index if index >= 0 else -1 - index)]
-
-    def __len__(self) -> int:
-        return len(self.dataset)

@@ -24,7 +24,7 @@ class Schedule(ABC):
     Attributes:
         total_samples (int): Progress S of the whole training, in samples of full data.
         num_passes (int): Number of passes; the last one may be partial.
-        total_steps (int): Iterations of the unpruned run, hence steps of its per-iteration schedulers.
+        total_steps (int): Steps that the per-iteration schedulers of the unpruned run take.
         loop (str): What the host counts its training in, ``'epochs'`` or ``'iterations'``.
     """
 
@@ -92,23 +92,32 @@ class EpochSchedule(Schedule):
         batch_size (int): Global batch size B.
         epoch_batches (int, optional): Iterations of one unpruned epoch, as the host's loader counts them.
             Defaults to ceil(N / B).
+        pass_steps (int, optional): Steps of the host's per-iteration schedulers in an unpruned epoch, where they
+            are not its iterations. Defaults to ``epoch_batches``.
 
     Attributes:
-        pass_steps (int): Steps of the host's per-iteration schedulers in a pass: the iterations of an
-            unpruned epoch of the run that made them.
+        pass_steps (int): Steps of the host's per-iteration schedulers in a pass: those of an unpruned epoch of
+            the run that made them.
     """
 
     loop = "epochs"
 
-    def __init__(self, num_samples: int, num_epochs: int, batch_size: int, epoch_batches: int | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        num_epochs: int,
+        batch_size: int,
+        epoch_batches: int | None = None,
+        pass_steps: int | None = None,
+    ) -> None:
         super().__init__(num_samples, batch_size)
         if num_epochs < 1:
             raise ValueError(f"num_epochs={num_epochs}: the training needs at least one pass over the data")
         self._epoch_batches = math.ceil(num_samples / batch_size) if epoch_batches is None else epoch_batches
-        self.pass_steps = self._epoch_batches
+        self.pass_steps = self._epoch_batches if pass_steps is None else pass_steps
         self.num_passes = num_epochs
         self.total_samples = num_epochs * num_samples
-        self.total_steps = num_epochs * self._epoch_batches
+        self.total_steps = num_epochs * self.pass_steps
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "pass_steps": self.pass_steps}

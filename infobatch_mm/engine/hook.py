@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
 from ..core.distributed import require_equal
 from ..core.scores import check_score_ema
+from ..core.summary import check_summary, write_scores, write_summary
 from ..losses import AttachedViews, LossWeigher, attach_views
 from . import process_state
 from .checkpoints import CheckpointGuard, check_resume_point, check_state
@@ -30,7 +31,6 @@ from .loader import BatchIndices, IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
 from .samplers import InfoBatchSampler, given, host_sampler, pass_loader, run_seed
-from .summary import check_summary, write_scores, write_summary
 
 #: Key of our state in a checkpoint.
 STATE_KEY = "infobatch"
@@ -579,7 +579,10 @@ class InfoBatchHook(Hook):
     def _write_scores(self, runner: Any) -> None:
         pruner = self._pruner
         assert pruner is not None
-        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner, runner.train_dataloader.dataset))
+        dataset, length = runner.train_dataloader.dataset, pruner.store.num_samples
+        # Folder and file: folders may stand for classes.
+        names = [sample_name(dataset, i, folders=1) for i in range(length)] if sample_name(dataset, 0) else None
+        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner.store, names))
 
 
 def check_runner(runner: Any) -> None:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader
 
+from ..core.loader import check_indexable, worker_options
 from ..core.sampler import item_seed
 
 #: Where data set wrappers of the hosts keep what they wrap.
@@ -35,21 +36,6 @@ class BatchIndices(NamedTuple):
 
     indices: Tensor
     replaced: Tensor
-
-
-def check_indexable(loader: DataLoader) -> None:
-    """Refuse a loader whose samples have no index or that makes no batches.
-
-    Raises:
-        ValueError: For an iterable data set, or without a batch size.
-    """
-    if isinstance(loader.dataset, IterableDataset):
-        raise ValueError(
-            f"{type(loader.dataset).__name__} is an iterable data set: pruning must choose samples by index; use a "
-            "map-style data set"
-        )
-    if loader.batch_sampler is None:
-        raise ValueError("the train_dataloader has batch_size=None: batches are needed to prune; set a batch_size")
 
 
 class IndexedLoader(DataLoader):
@@ -77,17 +63,6 @@ class IndexedLoader(DataLoader):
             batching = dict(batch_size=host.batch_size, sampler=sampler or host.sampler, drop_last=host.drop_last)
         else:
             batching = dict(batch_sampler=host)
-        workers = dict(
-            num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            multiprocessing_context=loader.multiprocessing_context,
-            persistent_workers=loader.persistent_workers,
-        )
-        if loader.num_workers:
-            workers["prefetch_factor"] = loader.prefetch_factor
-        if hasattr(loader, "in_order"):  # torch 2.7 and newer
-            workers["in_order"] = loader.in_order
         generator, init = loader.generator, loader.worker_init_fn
         if own_seed is not None:
             generator = torch.Generator()
@@ -98,7 +73,7 @@ class IndexedLoader(DataLoader):
             worker_init_fn=init,
             generator=generator,
             **batching,
-            **workers,
+            **worker_options(loader),
         )
         self._own_seed = own_seed
 

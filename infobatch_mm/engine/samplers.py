@@ -11,7 +11,8 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from ..core import PlanSampler, Pruner, build_policy
-from .loader import IndexedLoader, check_indexable
+from ..core.loader import check_indexable
+from .loader import IndexedLoader
 
 #: Samplers that visit every sample once per pass, so that a plan can take their place.
 _REPLACEABLE = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)

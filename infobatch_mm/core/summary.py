@@ -1,16 +1,16 @@
-"""What a run leaves behind in its work directory."""
+"""What a run leaves behind in its directory."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..core import Pruner
-from .loader import sample_name
+from .scores import ScoreStore
 
 SUMMARY_FILE = "infobatch_summary.json"
 SCORES_FILE = "infobatch_scores.npz"
@@ -27,19 +27,17 @@ def write_summary(work_dir: str, summary: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def write_scores(work_dir: str, pruner: Pruner, dataset: Any) -> None:
+def write_scores(work_dir: str, store: ScoreStore, names: Sequence[str] | None = None) -> None:
     """Write ``infobatch_scores.npz``: ``index, score, times_seen, name`` of every sample.
 
     Args:
         work_dir (str): Where to.
-        pruner (Pruner): Its store is written; NaN stands for samples without a score.
-        dataset: Asked for sample names, folder and file (folders may stand for classes); '' where it has none.
+        store (ScoreStore): What to write; NaN stands for samples without a score.
+        names (Sequence[str], optional): Names of the samples. Defaults to None: '' for each.
     """
-    store = pruner.store
     store.flush()
     scores = store.values.numpy().copy()
     scores[~store.seen.numpy()] = np.nan
-    names = [sample_name(dataset, i, folders=1) for i in range(store.num_samples)] if sample_name(dataset, 0) else []
     path = Path(work_dir, SCORES_FILE)
     partial = path.with_name("infobatch_scores.tmp.npz")
     np.savez_compressed(
@@ -47,7 +45,7 @@ def write_scores(work_dir: str, pruner: Pruner, dataset: Any) -> None:
         index=np.arange(store.num_samples),
         score=scores,
         times_seen=store.times_seen.numpy(),
-        name=np.array(names or [""] * store.num_samples),
+        name=np.array(names if names else [""] * store.num_samples),
     )
     os.replace(partial, path)
 
@@ -66,6 +64,6 @@ def check_summary(work_dir: str, summary: dict[str, Any]) -> None:
     for key in _IDENTITY:
         if key in found and found[key] != summary[key]:
             raise ValueError(
-                f"cannot resume: {path} belongs to a run with {key}={found[key]!r}, this config has "
-                f"{key}={summary[key]!r}; use its config, or another work_dir"
+                f"cannot resume: {path} belongs to a run with {key}={found[key]!r}, this run has "
+                f"{key}={summary[key]!r}; use its settings, or another directory"
             )

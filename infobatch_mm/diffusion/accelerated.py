@@ -1,0 +1,494 @@
+"""Pruned training in an accelerate script."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import skip_first_batches
+from accelerate.scheduler import AcceleratedScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..core import EpochSchedule, NoPruning, Pruner, PruningPolicy, build_policy
+from ..core.distributed import require_equal, world_size
+from ..core.pruner import damaged
+from ..core.scores import is_number
+from ..core.summary import check_summary, write_scores, write_summary
+from .loader import LoaderGeometry
+from .lr import PassScheduler
+
+
+class AcceleratedInfoBatch:
+    """InfoBatch for a training script on accelerate, such as diffusers' examples.
+
+    Its :meth:`prepare` takes the place of ``accelerator.prepare``; the batches stay what they were, the losses go
+    through :meth:`weigh`. accelerate shares the data out among its processes as it does without us, whatever its
+    ``split_batches``, ``dispatch_batches``, ``even_batches`` and gradient accumulation. The state is saved and loaded
+    by ``accelerator.save_state`` and ``load_state``.
+
+    Args:
+        accelerator (Accelerator): The run's.
+        dataloader (DataLoader): The training data, before it is prepared: a map-style data set, a batch size,
+            ``shuffle=True`` or ``False``.
+        num_epochs (int): Passes over the data in the whole training, at least 1.
+        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which every sample is visited, in (0, 1]. Defaults to 0.875.
+        policy (str | PruningPolicy): ``'infobatch'``, ``'random'``, or a policy of your own; ``'none'`` keeps the
+            loader's own sampler and order, records scores and weighs nothing. Defaults to ``'infobatch'``.
+        seed (int): Seed of the draws, the same on every process. Defaults to 0.
+        item_seed (bool): Whether items are read under a seed made of seed, pass and position, so that augmentations
+            repeat after a resume. Defaults to False.
+        score_ema (float): Decay of the average over a sample's visits that is its score, in [0, 1); a denoising loss
+            depends on its random timestep, and one of them says little. See :class:`.ScoreStore`. Defaults to 0: the
+            last loss, as in the paper.
+        fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
+
+    Raises:
+        ValueError: If an argument is out of its range, not the same on every process, or the loader is one whose
+            samples cannot be chosen by index.
+
+    Example:
+        >>> infobatch = AcceleratedInfoBatch(accelerator, train_dataloader, num_epochs=100)
+        >>> model, optimizer, train_dataloader, lr_scheduler = infobatch.prepare(
+        ...     model, optimizer, train_dataloader, lr_scheduler
+        ... )
+        >>> for epoch in range(infobatch.passes_done, 100):
+        ...     for batch in train_dataloader:
+        ...         with accelerator.accumulate(model):
+        ...             losses = F.mse_loss(model(batch["x"]), batch["y"], reduction="none")
+        ...             accelerator.backward(infobatch.weigh(losses))
+        ...             optimizer.step()
+        ...             lr_scheduler.step()
+        ...             optimizer.zero_grad()
+        ...     infobatch.merge()
+        ...     accelerator.save_state("checkpoint")
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataloader: DataLoader,
+        num_epochs: int,
+        prune_ratio: float = 0.5,
+        delta: float = 0.875,
+        *,
+        policy: str | PruningPolicy = "infobatch",
+        seed: int = 0,
+        item_seed: bool = False,
+        score_ema: float = 0.0,
+        fingerprint: str = "",
+    ) -> None:
+        _check_accelerator(accelerator)
+        chosen = build_policy(policy, prune_ratio, delta)
+        if getattr(dataloader, "_is_accelerate_prepared", False):
+            raise ValueError(
+                "the train dataloader is prepared already: give it to AcceleratedInfoBatch as it was before "
+                "accelerator.prepare, and call infobatch.prepare in its place"
+            )
+        self._geometry = LoaderGeometry(accelerator, dataloader)
+        num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
+        self._keeps_order = isinstance(chosen, NoPruning)
+        if self._geometry.batch_size > num_samples and not self._keeps_order:
+            raise ValueError(
+                f"one global batch holds {self._geometry.batch_size} samples but the data set only {num_samples}: "
+                "there is nothing to prune within a pass; use a smaller batch size"
+            )
+        self._accelerator = accelerator
+        # accelerate steps schedulers once per process, unless batches are split among them.
+        updates = math.ceil(self._geometry.epoch_batches / accelerator.gradient_accumulation_steps)
+        self._pass_steps = updates * (1 if accelerator.split_batches else accelerator.num_processes)
+        schedule = EpochSchedule(
+            num_samples, num_epochs, self._geometry.batch_size, self._geometry.epoch_batches, self._pass_steps
+        )
+        self._pruner = Pruner(schedule, chosen, seed, self._geometry.shuffle, fingerprint, item_seed, score_ema)
+        require_equal(
+            num_samples=num_samples,
+            num_epochs=num_epochs,
+            **chosen.settings(),
+            seed=seed,
+            item_seed=item_seed,
+            score_ema=score_ema,
+            fingerprint=fingerprint,
+        )
+        self._dataloader = dataloader
+        self._rebuilt = self._geometry.rebuilt(dataloader, None if self._keeps_order else self._pruner)
+        self._schedulers: list[PassScheduler] = []
+        self._walks = 0
+        self._in_hand: _Batch | None = None
+        self._loss: Tensor | None = None
+        self._iterations = 0
+        self._time_before = 0.0
+        self._started = time.perf_counter()
+        accelerator.register_for_checkpointing(self)
+        accelerator.register_load_state_pre_hook(_check_checkpoint)
+        accelerator.register_save_state_pre_hook(self._check_merged)
+
+    # ---- what the script calls ---------------------------------------------------------------------
+
+    def prepare(self, *objects: Any, **kwargs: Any) -> Any:
+        """``accelerator.prepare``, with the training data pruned and the schedulers following the progress.
+
+        Args:
+            objects: As for ``accelerator.prepare``; the train dataloader must be one of them. Learning-rate
+                schedulers then step by progress: a pruned pass takes them as far as a full one.
+            kwargs: As for ``accelerator.prepare``.
+
+        Returns:
+            The prepared objects in the same order. The ``len`` of the train dataloader is that of an unpruned epoch
+            until its first walk, for scripts that size their schedules by it, then that of the pass.
+
+        Raises:
+            ValueError: If the train dataloader is not among the objects.
+        """
+        if not any(each is self._dataloader for each in objects):
+            raise ValueError(
+                "infobatch.prepare() was not given the train dataloader that this AcceleratedInfoBatch was made with: "
+                "give it that very object, with the model, the optimizer and the scheduler"
+            )
+        given = [self._rebuilt if each is self._dataloader else each for each in objects]
+        prepared = self._accelerator.prepare(*given, **kwargs)
+        prepared = list(prepared) if len(objects) > 1 else [prepared]
+        for i, (each, result) in enumerate(zip(objects, prepared, strict=True)):
+            if each is self._dataloader:
+                prepared[i] = PrunedLoader(self, result, self._dataloader)
+            elif isinstance(result, AcceleratedScheduler):
+                prepared[i] = PassScheduler(result, self._steps_due)
+                self._schedulers.append(prepared[i])
+        return tuple(prepared) if len(prepared) > 1 else prepared[0]
+
+    def weigh(self, losses: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Weigh the losses of the batch in hand and record them as scores.
+
+        Args:
+            losses (Tensor): Losses of this process's batch, shape ``(B, ...)``, any float dtype: per sample or per
+                element, e.g. from ``F.mse_loss(..., reduction='none')``; averaged over all but the first dimension.
+                Left untouched.
+            scores (Tensor, optional): What to rank the samples by in place of the losses, of the same kind: e.g.
+                the losses before Min-SNR weighting. Defaults to the losses.
+
+        Returns:
+            Tensor: Scalar ``mean(weight * loss)``, float32, for ``accelerator.backward``. A second call for the same
+            batch weighs its losses and records nothing.
+
+        Raises:
+            ValueError: If no batch is in hand, or the shapes do not fit it.
+        """
+        batch = self._in_hand
+        if batch is None:
+            raise ValueError("no batch is in hand: walk the loader that infobatch.prepare() returned, then weigh")
+        per_sample = batch.per_sample(losses, "losses")
+        ranked = per_sample if scores is None else batch.per_sample(scores, "scores")
+        self._loss = per_sample.detach().mean()
+        weighted = per_sample.mean() if batch.weights is None else (batch.weights * per_sample).mean()
+        if not batch.is_weighed:
+            batch.is_weighed = True
+            self._pruner.record(batch.index, ranked)
+            self._advance()
+        return weighted
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of the batch weighed last on this process, without weights: the unpruned run's, for the log."""
+        if self._loss is None:
+            raise ValueError("no batch was weighed yet: infobatch.loss is that of the last one")
+        return self._loss
+
+    @property
+    def passes_done(self) -> int:
+        """Passes that are done; where a script's loop over epochs goes on after a resume."""
+        return self._pruner.pass_index + self._is_pass_over
+
+    @property
+    def updates_done(self) -> int:
+        """Optimiser steps made so far, with the accelerator's gradient accumulation."""
+        return sum(self._updates(entry["kept"]) for entry in self._pruner.history) + self._updates(self._pruner.visited)
+
+    @property
+    def updates_expected(self) -> int:
+        """Optimiser steps of the whole training: those of passes to come as far as the last pruned one tells.
+
+        For a progress bar's remaining time. Exact from the last pruned pass on.
+        """
+        pruner, schedule = self._pruner, self._pruner.schedule
+        kept = [entry["kept_ratio"] for entry in pruner.history if self._prunes(entry["pass"])]
+        ratio = kept[-1] if kept else 1.0
+        whole = schedule.full_visits(0)
+        total = sum(self._updates(entry["kept"]) for entry in pruner.history)
+        if not pruner.finished and pruner.plan is not None:
+            total += math.ceil(pruner.batches / self._accelerator.gradient_accumulation_steps)
+            ratio = len(pruner.plan) / whole if pruner.plan.pruned else ratio
+        for coming in range(pruner.pass_index + (pruner.plan is not None), schedule.num_passes):
+            total += self._updates(round(whole * ratio) if self._prunes(coming) else whole)
+        return total
+
+    def merge(self) -> None:
+        """Exchange the scores of this pass among the processes; all of them must call it before ``save_state``.
+
+        It may be called at any step, any number of times; in one process it does nothing.
+        """
+        if self._is_pass_over:
+            self._pruner.finish_pass()
+        self._pruner.store.merge()
+
+    def logs(self) -> dict[str, float]:
+        """Scalars of the last finished pass, for ``accelerator.log``; empty before there is one."""
+        if not self._pruner.history:
+            return {}
+        entry = self._pruner.history[-1]
+        scalars = {
+            "infobatch/kept_ratio": entry["kept_ratio"],
+            "infobatch/saved_ratio": self._pruner.saved_ratio,
+            "infobatch/threshold": entry["threshold"],
+            "infobatch/score_mean": entry["score_mean"],
+        }
+        return {name: value for name, value in scalars.items() if value is not None}
+
+    def summary(self) -> dict[str, Any]:
+        """Policy, passes, visits, saved share, iterations, time and one entry per pass, as plain numbers."""
+        summary = self._pruner.summary()
+        per_pass = summary.pop("per_pass")
+        return {
+            **summary,
+            "iterations": self._iterations,
+            "iterations_full": self._pruner.schedule.num_passes * self._geometry.epoch_batches,
+            "wall_time_s": round(self._wall_time(), 3),
+            "per_pass": per_pass,
+        }
+
+    def write(self, output_dir: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+        """Write ``infobatch_summary.json`` and ``infobatch_scores.npz``, on the main process.
+
+        Args:
+            output_dir (str | PathLike): Where to; made if it is not there.
+            names (Sequence[str], optional): Names of the samples, for the scores.
+        """
+        if not self._accelerator.is_main_process:
+            return
+        try:
+            os.makedirs(output_dir, exist_ok=True)
+            write_summary(str(output_dir), self.summary())
+            write_scores(str(output_dir), self._pruner.store, names)
+        except OSError as error:  # a full disk must not end a training
+            warnings.warn(f"InfoBatch could not write to {output_dir}: {error}", stacklevel=2)
+
+    def check_output(self, output_dir: str | os.PathLike[str]) -> None:
+        """Refuse to resume into a directory whose summary belongs to a run of other settings.
+
+        Raises:
+            ValueError: With both values and the file.
+        """
+        check_summary(str(output_dir), self._pruner.summary())
+
+    # ---- what accelerate calls ---------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint, as ``accelerator.save_state`` asks for it; plain tensors and numbers."""
+        return {
+            **self._pruner.state_dict(),
+            "num_epochs": self._pruner.schedule.num_passes,
+            "iterations": self._iterations,
+            "wall_time_s": self._wall_time(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the next unvisited position of the same plan, as ``accelerator.load_state`` asks for it.
+
+        Raises:
+            ValueError: With both values, if the state is of another data set, policy or length of training, of a
+                newer version, or damaged.
+        """
+        self._pruner.check_state(state)
+        for key in ("num_epochs", "iterations", "wall_time_s"):
+            if not is_number(state.get(key)) or state[key] < 0:
+                raise damaged(key)
+        epochs = self._pruner.schedule.num_passes
+        if state["num_epochs"] != epochs:
+            raise ValueError(
+                f"cannot resume: the checkpoint is of a training of {state['num_epochs']} epochs, this one has "
+                f"{epochs}; annealing and learning rate go by their number: use the same"
+            )
+        self._pruner.load_state_dict(state)
+        schedule = self._pruner.schedule
+        assert isinstance(schedule, EpochSchedule)
+        if all(each.follows_its_arguments for each in self._schedulers):
+            schedule.pass_steps = self._pass_steps
+        self._iterations = int(state["iterations"])
+        self._time_before = float(state["wall_time_s"])
+        self._started = time.perf_counter()
+        self._in_hand = None
+
+    def _check_merged(self, models: Any, weights: Any, output_dir: str) -> None:
+        self._pruner.store.flush()
+        if self._pruner.store.unmerged:
+            warnings.warn(
+                "the scores of the other processes are not in this checkpoint: call infobatch.merge() on every process "
+                "before accelerator.save_state()",
+                stacklevel=2,
+            )
+
+    # ---- passes ------------------------------------------------------------------------------------
+
+    def _walk(self, prepared: DataLoader) -> Iterator[Any]:
+        """Walk the current pass from its first unvisited batch."""
+        if self._is_pass_over:
+            self._pruner.finish_pass()
+        self._walks += 1
+        self._in_hand = None
+        if not self._keeps_order:
+            self._pruner.begin_pass()
+        done = self._batches_done
+        # A host's own order begins anew, or where its seedable sampler was, and is skipped through.
+        loader = skip_first_batches(prepared, done) if done and self._keeps_order else prepared
+        loader.iteration = self._pruner.pass_index  # type: ignore[attr-defined]
+        batches = iter(loader)
+        with _draws_nothing(loader) if done else contextlib.nullcontext():
+            first = next(batches, None)
+        if first is None:
+            return
+        for index, batch in itertools.chain([first], batches):
+            self._check_weighed()
+            weights = None if self._keeps_order else self._pruner.weights(index)
+            self._in_hand = _Batch(index, weights)
+            yield batch
+        self._check_weighed()
+
+    def _check_weighed(self) -> None:
+        if self._in_hand is not None and not self._in_hand.is_weighed:
+            raise ValueError(
+                f"a batch of pass {self._pruner.pass_index} was handed out but not weighed: call infobatch.weigh() for "
+                "every batch; after a resume skip none, the loader goes on where the checkpoint was saved"
+            )
+
+    def _length(self) -> int:
+        return self._batches if self._walks else self._geometry.epoch_batches
+
+    @property
+    def _batches(self) -> int:
+        """Steps of the current pass."""
+        return self._geometry.epoch_batches if self._keeps_order else self._pruner.batches
+
+    @property
+    def _batches_done(self) -> int:
+        return math.ceil(self._pruner.visited / self._geometry.batch_size)
+
+    @property
+    def _is_pass_over(self) -> bool:
+        return self._pruner.visited > 0 and self._batches_done >= self._batches
+
+    def _advance(self) -> None:
+        """Count the batch in hand, on all processes, and end the pass with its last one."""
+        pruner, geometry = self._pruner, self._geometry
+        self._iterations += 1
+        plan = pruner.plan
+        visits = pruner.schedule.num_samples if plan is None else len(plan)
+        pruner.advance(min(geometry.batch_size, visits - pruner.visited))
+        # Where some processes have no last batch, they cannot meet the others before the next walk.
+        meets = not geometry.ragged or (plan is not None and plan.pruned)
+        if meets and self._is_pass_over:
+            pruner.finish_pass()
+
+    def _prunes(self, pass_index: int) -> bool:
+        return self._pruner.policy.is_active(self._pruner.schedule.progress(pass_index))
+
+    def _updates(self, visits: int) -> int:
+        batches = math.ceil(visits / self._geometry.batch_size)
+        return math.ceil(batches / self._accelerator.gradient_accumulation_steps)
+
+    def _steps_due(self) -> int:
+        """Scheduler steps that the unpruned run would have taken by now."""
+        pruner = self._pruner
+        if not pruner.visited:
+            return pruner.schedule.steps_before(pruner.pass_index)
+        updates = math.ceil(self._batches / self._accelerator.gradient_accumulation_steps)
+        return pruner.schedule.steps_at(pruner.pass_index, self._updates(pruner.visited), updates)
+
+    def _wall_time(self) -> float:
+        return self._time_before + time.perf_counter() - self._started
+
+
+class PrunedLoader:
+    """The prepared train dataloader: each walk is one pass, or the rest of it, of the user's own batches.
+
+    Attributes:
+        dataset: The user's data set.
+    """
+
+    def __init__(self, infobatch: AcceleratedInfoBatch, prepared: DataLoader, dataloader: DataLoader) -> None:
+        self._infobatch = infobatch
+        self._prepared = prepared
+        self.dataset = dataloader.dataset
+        self.batch_size = dataloader.batch_size
+        self.num_workers = dataloader.num_workers
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._infobatch._walk(self._prepared)
+
+    def __len__(self) -> int:
+        return self._infobatch._length()
+
+
+@dataclass
+class _Batch:
+    """The batch in hand: indices, shape ``(B,)``; weights, shape ``(B,)``, None for ones."""
+
+    index: Tensor
+    weights: Tensor | None
+    is_weighed: bool = False
+
+    def per_sample(self, values: Tensor, name: str) -> Tensor:
+        """One float32 value for each sample."""
+        if values.dim() == 0 or len(values) != len(self.index):
+            raise ValueError(
+                f"weigh() needs {name} of {len(self.index)} samples, shape ({len(self.index)}, ...), but got shape "
+                f"{tuple(values.shape)}: use reduction='none', and hand over the losses of the whole batch"
+            )
+        return values.float().flatten(1).mean(1) if values.dim() > 1 else values.float()
+
+
+def _check_accelerator(accelerator: Accelerator) -> None:
+    if not isinstance(accelerator, Accelerator):
+        raise ValueError(
+            f"AcceleratedInfoBatch needs the run's Accelerator, got {type(accelerator).__name__}; without accelerate "
+            "use infobatch_mm.InfoBatch"
+        )
+    if accelerator.use_stateful_dataloader:
+        raise ValueError(
+            "use_stateful_dataloader=True: the loader would resume where it was, and InfoBatch, which saves the "
+            "position of each pass itself, a second time; leave it out of DataLoaderConfiguration"
+        )
+    if accelerator.num_processes != world_size():
+        raise ValueError(
+            f"accelerate shares the data among {accelerator.num_processes} processes, torch.distributed knows "
+            f"{world_size()}: pruning needs data parallelism alone, with the process group of the Accelerator"
+        )
+
+
+def _check_checkpoint(models: Any, input_dir: str) -> None:
+    """Refuse a checkpoint without our state before accelerate loads half of it."""
+    if not any(Path(input_dir).glob("custom_checkpoint_*.pkl")):
+        raise ValueError(
+            f"cannot resume: the checkpoint {input_dir} was saved without InfoBatch; finish that run without it, or "
+            "start a new one from its weights"
+        )
+
+
+@contextlib.contextmanager
+def _draws_nothing(loader: DataLoader) -> Iterator[None]:
+    """Have a loader seed its workers from a generator of its own, so that resuming leaves the global one in place."""
+    base = getattr(loader, "base_dataloader", loader)
+    own, base.generator = base.generator, torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    try:
+        yield
+    finally:
+        base.generator = own

@@ -1,0 +1,130 @@
+"""A user's ``DataLoader`` over plans, as accelerate is to prepare it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+
+from ..core import PlanSampler, Pruner
+from ..core.loader import IndexedItems, check_indexable, worker_options
+
+
+class LoaderGeometry:
+    """How accelerate will cut a loader's epoch into the steps of all processes.
+
+    Args:
+        accelerator (Accelerator): Its ``split_batches``, ``dispatch_batches``, ``even_batches``.
+        loader (DataLoader): The user's loader, before it is prepared.
+
+    Attributes:
+        batch_size (int): Global batch size, over all processes.
+        epoch_batches (int): Steps of an epoch, on the process that makes the most of them.
+        ragged (bool): Whether the last step of a full epoch finds no samples, or fewer, on some processes.
+        shuffle (bool): Whether epochs are in random order.
+
+    Raises:
+        ValueError: For a loader whose samples cannot be chosen by index.
+    """
+
+    def __init__(self, accelerator: Accelerator, loader: DataLoader) -> None:
+        check_indexable(loader)
+        batching = loader.batch_sampler
+        if type(batching) is not BatchSampler:
+            raise ValueError(
+                f"the train dataloader has a {type(batching).__name__} of its own: pruning must choose the samples of "
+                "a batch; give the DataLoader a batch_size and shuffle=True, before accelerator.prepare"
+            )
+        num_samples, world = len(loader.dataset), accelerator.num_processes
+        if num_samples == 0:
+            raise ValueError("the data set is empty: 0 samples, at least 1 is needed")
+        if accelerator.split_batches and batching.batch_size % world:
+            raise ValueError(
+                f"split_batches=True shares a batch of {batching.batch_size} among {world} processes: use a "
+                "batch_size that divides by their number"
+            )
+        self.batch_size = batching.batch_size * (1 if accelerator.split_batches else world)
+        self.drop_last = batching.drop_last
+        self.shuffle = not isinstance(batching.sampler, SequentialSampler)
+        batches = num_samples / self.batch_size
+        self.epoch_batches = int(batches) if self.drop_last else math.ceil(batches)
+        if self.epoch_batches == 0:
+            raise ValueError(
+                f"one global batch holds {self.batch_size} samples but the data set only {num_samples}, and "
+                "drop_last=True leaves nothing: use a smaller batch size"
+            )
+        has_tail = world > 1 and not self.drop_last and bool(num_samples % self.batch_size)
+        dispatched = bool(accelerator.dispatch_batches)
+        self.ragged = has_tail and not dispatched and not accelerator.even_batches
+        # What accelerate would fill a tail up to: the processes' batches, or just something for each of them.
+        self._multiple = 1 if self.ragged or not has_tail else world if dispatched else self.batch_size
+
+    def rebuilt(self, loader: DataLoader, pruner: Pruner | None) -> DataLoader:
+        """The loader with indexed batches.
+
+        Args:
+            loader (DataLoader): The user's.
+            pruner (Pruner, optional): Whose plans to walk. None keeps the user's own sampler.
+
+        Raises:
+            ValueError: If plans are to be walked and the sampler is one that chooses samples itself.
+        """
+        batching = loader.batch_sampler
+        assert isinstance(batching, BatchSampler)
+        sampler = batching.sampler
+        if pruner is not None:
+            plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+            if not plain or len(sampler) != len(loader.dataset):
+                raise ValueError(
+                    f"the train dataloader has a {type(sampler).__name__} of {len(sampler)} draws from "
+                    f"{len(loader.dataset)} samples: pruning chooses the samples itself; use shuffle=True or False, "
+                    "before accelerator.prepare"
+                )
+            sampler = _EvenPlanSampler(pruner, self._multiple)
+        return DataLoader(
+            IndexedItems(loader.dataset),
+            batch_size=batching.batch_size,
+            sampler=sampler,
+            drop_last=batching.drop_last,
+            collate_fn=_IndexedCollate(loader.collate_fn),
+            worker_init_fn=loader.worker_init_fn,
+            generator=loader.generator,
+            **worker_options(loader),
+        )
+
+
+class _EvenPlanSampler(PlanSampler):
+    """Walks the whole plan, for accelerate to share out, filled up to where accelerate would fill it up.
+
+    The samples that fill up are the first ones of the pass, as accelerate's are, also where a resumed walk begins
+    in its midst. Only full passes can need any.
+    """
+
+    def __init__(self, pruner: Pruner, multiple: int) -> None:
+        super().__init__(pruner)
+        self._multiple = multiple
+
+    def _share(self, indices: Tensor) -> Tensor:
+        missing = -len(indices) % self._multiple
+        if not missing:
+            return indices
+        return torch.cat([indices, indices.repeat(math.ceil(missing / len(indices)))[:missing]])
+
+    def _share_of(self, visits: int) -> int:
+        return visits + -visits % self._multiple
+
+
+class _IndexedCollate:
+    """Collates the bare items as the user does and the indices beside them."""
+
+    def __init__(self, collate_fn: Callable) -> None:
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
+        indices, bare = zip(*items, strict=True)
+        return torch.tensor(indices, dtype=torch.int64), self.collate_fn(list(bare))
