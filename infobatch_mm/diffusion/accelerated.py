@@ -105,11 +105,9 @@ class AcceleratedInfoBatch:
                 "there is nothing to prune within a pass; use a smaller batch size"
             )
         self._accelerator = accelerator
-        # accelerate steps schedulers once per process, unless batches are split among them.
-        updates = math.ceil(self._geometry.epoch_batches / accelerator.gradient_accumulation_steps)
-        self._pass_steps = updates * (1 if accelerator.split_batches else accelerator.num_processes)
+        self._pass_updates = math.ceil(self._geometry.epoch_batches / accelerator.gradient_accumulation_steps)
         schedule = EpochSchedule(
-            num_samples, num_epochs, self._geometry.batch_size, self._geometry.epoch_batches, self._pass_steps
+            num_samples, num_epochs, self._geometry.batch_size, self._geometry.epoch_batches, self._pass_updates
         )
         self._pruner = Pruner(schedule, chosen, seed, self._geometry.shuffle, fingerprint, item_seed, score_ema)
         require_equal(
@@ -122,7 +120,7 @@ class AcceleratedInfoBatch:
             fingerprint=fingerprint,
         )
         self._dataloader = dataloader
-        self._rebuilt = self._geometry.rebuilt(dataloader, None if self._keeps_order else self._pruner)
+        self._rebuilt = self._geometry.rebuilt(dataloader, self._pruner, self._keeps_order)
         self._schedulers: list[PassScheduler] = []
         self._walks = 0
         self._in_hand: _Batch | None = None
@@ -196,6 +194,13 @@ class AcceleratedInfoBatch:
             self._pruner.record(batch.index, ranked)
             self._advance()
         return weighted
+
+    @property
+    def index(self) -> Tensor:
+        """Sample indices of the batch in hand, shape ``(B,)``, int64, on the accelerator's device."""
+        if self._in_hand is None:
+            raise ValueError("no batch is in hand: infobatch.index is that of the batch that the loader gave last")
+        return self._in_hand.index
 
     @property
     def loss(self) -> Tensor:
@@ -322,7 +327,7 @@ class AcceleratedInfoBatch:
         schedule = self._pruner.schedule
         assert isinstance(schedule, EpochSchedule)
         if all(each.follows_its_arguments for each in self._schedulers):
-            schedule.pass_steps = self._pass_steps
+            schedule.pass_steps = self._pass_updates
         self._iterations = int(state["iterations"])
         self._time_before = float(state["wall_time_s"])
         self._started = time.perf_counter()
@@ -354,14 +359,15 @@ class AcceleratedInfoBatch:
         batches = iter(loader)
         with _draws_nothing(loader) if done else contextlib.nullcontext():
             first = next(batches, None)
-        if first is None:
-            return
-        for index, batch in itertools.chain([first], batches):
+        current = self._pruner.pass_index
+        for index, batch in itertools.chain([] if first is None else [first], batches):
             self._check_weighed()
             weights = None if self._keeps_order else self._pruner.weights(index)
             self._in_hand = _Batch(index, weights)
             yield batch
         self._check_weighed()
+        if self._geometry.ragged and current == self._pruner.pass_index:
+            self._pruner.advance(self._visits - self._pruner.visited)  # the last batch was the other processes'
 
     def _check_weighed(self) -> None:
         if self._in_hand is not None and not self._in_hand.is_weighed:
@@ -379,6 +385,12 @@ class AcceleratedInfoBatch:
         return self._geometry.epoch_batches if self._keeps_order else self._pruner.batches
 
     @property
+    def _visits(self) -> int:
+        """Visits of the current pass, over all processes."""
+        plan = self._pruner.plan
+        return self._pruner.schedule.num_samples if plan is None else len(plan)
+
+    @property
     def _batches_done(self) -> int:
         return math.ceil(self._pruner.visited / self._geometry.batch_size)
 
@@ -391,8 +403,7 @@ class AcceleratedInfoBatch:
         pruner, geometry = self._pruner, self._geometry
         self._iterations += 1
         plan = pruner.plan
-        visits = pruner.schedule.num_samples if plan is None else len(plan)
-        pruner.advance(min(geometry.batch_size, visits - pruner.visited))
+        pruner.advance(min(geometry.batch_size, self._visits - pruner.visited))
         # Where some processes have no last batch, they cannot meet the others before the next walk.
         meets = not geometry.ragged or (plan is not None and plan.pruned)
         if meets and self._is_pass_over:
@@ -407,11 +418,15 @@ class AcceleratedInfoBatch:
 
     def _steps_due(self) -> int:
         """Scheduler steps that the unpruned run would have taken by now."""
-        pruner = self._pruner
-        if not pruner.visited:
-            return pruner.schedule.steps_before(pruner.pass_index)
-        updates = math.ceil(self._batches / self._accelerator.gradient_accumulation_steps)
-        return pruner.schedule.steps_at(pruner.pass_index, self._updates(pruner.visited), updates)
+        pruner, schedule = self._pruner, self._pruner.schedule
+        if pruner.visited:
+            updates = math.ceil(self._batches / self._accelerator.gradient_accumulation_steps)
+            due = schedule.steps_at(pruner.pass_index, self._updates(pruner.visited), updates)
+        else:
+            due = schedule.steps_before(pruner.pass_index)
+        # accelerate makes one step per process at each update, unless batches are split among them: as many here,
+        # so that the learning rates are the same on any number of processes.
+        return due * (1 if self._accelerator.split_batches else self._accelerator.num_processes)
 
     def _wall_time(self) -> float:
         return self._time_before + time.perf_counter() - self._started

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from ..core import PlanSampler, Pruner
 from ..core.loader import IndexedItems, check_indexable, worker_options
+from ..core.sampler import SeededIndex
 
 
 class LoaderGeometry:
@@ -64,12 +65,13 @@ class LoaderGeometry:
         # What accelerate would fill a tail up to: the processes' batches, or just something for each of them.
         self._multiple = 1 if self.ragged or not has_tail else world if dispatched else self.batch_size
 
-    def rebuilt(self, loader: DataLoader, pruner: Pruner | None) -> DataLoader:
+    def rebuilt(self, loader: DataLoader, pruner: Pruner, keeps_order: bool) -> DataLoader:
         """The loader with indexed batches.
 
         Args:
             loader (DataLoader): The user's.
-            pruner (Pruner, optional): Whose plans to walk. None keeps the user's own sampler.
+            pruner (Pruner): Whose plans to walk.
+            keeps_order (bool): Whether to walk in the order of the user's own sampler instead.
 
         Raises:
             ValueError: If plans are to be walked and the sampler is one that chooses samples itself.
@@ -77,7 +79,7 @@ class LoaderGeometry:
         batching = loader.batch_sampler
         assert isinstance(batching, BatchSampler)
         sampler = batching.sampler
-        if pruner is not None:
+        if not keeps_order:
             plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
             if not plain or len(sampler) != len(loader.dataset):
                 raise ValueError(
@@ -86,16 +88,34 @@ class LoaderGeometry:
                     "before accelerator.prepare"
                 )
             sampler = _EvenPlanSampler(pruner, self._multiple)
+        kind = _SeededBatches if keeps_order and pruner.item_seed else BatchSampler
+        batches = kind(sampler, batching.batch_size, batching.drop_last)
+        if isinstance(batches, _SeededBatches):
+            batches.pruner = pruner
         return DataLoader(
             IndexedItems(loader.dataset),
-            batch_size=batching.batch_size,
-            sampler=sampler,
-            drop_last=batching.drop_last,
+            batch_sampler=batches,
             collate_fn=_IndexedCollate(loader.collate_fn),
             worker_init_fn=loader.worker_init_fn,
             generator=loader.generator,
             **worker_options(loader),
         )
+
+
+class _SeededBatches(BatchSampler):
+    """Batches in the order of any sampler, whose indices carry the seeds of their items.
+
+    A batch sampler, because accelerate may put a sampler of its own in place of a plain one.
+    """
+
+    pruner: Pruner
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = 0
+        for batch in super().__iter__():
+            seeds = ((self.pruner.seed, self.pruner.pass_index, position + i) for i in range(len(batch)))
+            yield [SeededIndex(index, seed) for index, seed in zip(batch, seeds, strict=True)]
+            position += len(batch)
 
 
 class _EvenPlanSampler(PlanSampler):

@@ -1,0 +1,166 @@
+"""What a diffusion model is trained on: noise per image, targets, and the loss of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+#: Distinguishes the draws of an evaluation from those of any pass.
+_HELD_OUT = 2**31
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides of a batch: the same for an image and a pass, whichever process trains on it.
+
+    Attributes:
+        noise (Tensor): Standard normal, shape ``(B, C, h, w)``, float32, on the CPU.
+        timesteps (Tensor): In [0, T), shape ``(B,)``, int64, on the CPU.
+        posterior (Tensor): Standard normal, shaped as ``noise``; for first stages whose latents are random.
+    """
+
+    noise: Tensor
+    timesteps: Tensor
+    posterior: Tensor
+
+
+def draw(
+    indices: Sequence[int], shape: Sequence[int], num_timesteps: int, seed: int, pass_index: int, repeat: int = 0
+) -> Draws:
+    """Draw noise and timesteps of a batch, each image's from a generator of its own.
+
+    They depend on seed, pass and image alone: not on the number of processes, the batch, or where a run was resumed.
+
+    Args:
+        indices (Sequence[int]): Sample indices, B of them.
+        shape (Sequence[int]): Shape of one latent, ``(C, h, w)``.
+        num_timesteps (int): T; timesteps are uniform in [0, T).
+        seed (int): Seed of the run, at least 0.
+        pass_index (int): Which pass over the data.
+        repeat (int): Tells several draws of one image and pass apart. Defaults to 0.
+
+    Returns:
+        Draws: Of the batch.
+    """
+    generators = [_generator(seed, pass_index, int(index), repeat) for index in indices]
+    return Draws(
+        timesteps=torch.stack([torch.randint(num_timesteps, (), generator=each) for each in generators]),
+        noise=torch.stack([torch.randn(*shape, generator=each) for each in generators]),
+        posterior=torch.stack([torch.randn(*shape, generator=each) for each in generators]),
+    )
+
+
+def _generator(*key: int) -> torch.Generator:
+    mixed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(mixed & (2**63 - 1))
+
+
+class Denoising:
+    """The denoising objective of a noise scheduler, image by image.
+
+    Args:
+        scheduler (DDPMScheduler): Its ``prediction_type`` says what the model predicts: ``'epsilon'`` the noise
+            (Ho et al., NeurIPS 2020, eq. 14), ``'v_prediction'`` the velocity (Salimans and Ho, ICLR 2022), or
+            ``'sample'`` the latent itself, whose loss is weighted by the signal-to-noise ratio as diffusers does
+            (Salimans and Ho, section 4).
+        snr_gamma (float, optional): Gamma of Min-SNR weighting (Hang et al., ICCV 2023), positive; the authors use 5.
+            Defaults to None: no such weighting.
+
+    Raises:
+        ValueError: If the scheduler's prediction type or gamma is none of these.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler, snr_gamma: float | None = None) -> None:
+        self.scheduler = scheduler
+        self.prediction_type = scheduler.config.prediction_type
+        self.snr_gamma = snr_gamma
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={self.prediction_type!r}: choose one of {PREDICTION_TYPES}")
+        if snr_gamma is not None and not snr_gamma > 0:
+            raise ValueError(f"snr_gamma={snr_gamma!r} is not positive: use 5, or leave it out")
+
+    def losses(
+        self, model: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each image, and what it is to be ranked by.
+
+        Args:
+            model (Callable): From noisy latents ``(B, C, h, w)`` and timesteps ``(B,)`` to predictions
+                ``(B, C, h, w)``.
+            latents (Tensor): Clean latents, shape ``(B, C, h, w)``, float.
+            noise (Tensor): Of the same shape.
+            timesteps (Tensor): Shape ``(B,)``, int64.
+
+        Returns:
+            tuple[Tensor, Tensor]: Losses, shape ``(B,)``, float32, whose mean is the loss that diffusers' examples
+            train on; and the same without Min-SNR weighting, detached.
+        """
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        predicted = model(noisy, timesteps).float()
+        squared = F.mse_loss(predicted, self.target(latents, noise, timesteps).float(), reduction="none")
+        losses = squared.flatten(1).mean(1)
+        snr = compute_snr(self.scheduler, timesteps)
+        unclipped = losses * snr if self.prediction_type == "sample" else losses
+        if self.snr_gamma is None:
+            return unclipped, unclipped.detach()
+        # min(SNR, gamma) of the loss of the latent itself, in terms of what is predicted (Hang et al., section 3.4).
+        per_latent = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[self.prediction_type]
+        return losses * (snr.clamp(max=self.snr_gamma) / per_latent), unclipped.detach()
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model is to predict, shape ``(B, C, h, w)``."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return latents
+
+
+@torch.no_grad()
+def held_out_loss(
+    denoising: Denoising,
+    model: Callable[[Tensor, Tensor], Tensor],
+    latents: Dataset,
+    device: torch.device,
+    batch_size: int = 64,
+    draws_per_image: int = 8,
+) -> float:
+    """Mean denoising loss of images that are not trained on, without Min-SNR weighting.
+
+    Noise and timesteps are the same at every call, and each image is seen at timesteps spread over the whole
+    schedule, so that models differ in it by what they have learned.
+
+    Args:
+        denoising (Denoising): The objective.
+        model (Callable): As in :meth:`Denoising.losses`.
+        latents (Dataset): Items with ``latents``, shape ``(C, h, w)``.
+        device (torch.device): The model's.
+        batch_size (int): Images at once. Defaults to 64.
+        draws_per_image (int): Timesteps at which each image is seen. Defaults to 8.
+
+    Returns:
+        float: The mean over images and draws.
+    """
+    total, count, first = 0.0, 0, 0
+    num_timesteps = denoising.scheduler.config.num_train_timesteps
+    for batch in DataLoader(latents, batch_size):
+        clean = batch["latents"]
+        for repeat in range(draws_per_image):
+            drawn = draw(range(first, first + len(clean)), clean.shape[1:], num_timesteps, 0, _HELD_OUT, repeat)
+            # one timestep in each of as many equal parts of the schedule
+            timesteps = (drawn.timesteps + repeat * num_timesteps) // draws_per_image
+            _, losses = denoising.losses(model, clean.to(device), drawn.noise.to(device), timesteps.to(device))
+            total += float(losses.double().sum())
+            count += len(losses)
+        first += len(clean)
+    return total / count

@@ -1,0 +1,220 @@
+"""Latents of a whole data set, encoded once: the first stage is frozen, so that they never change."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import VQModel
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from .first_stage import FirstStage, fingerprint, latent_shape, moments
+from .images import Images
+from .together import raise_together
+
+#: Version of the files.
+_VERSION = 1
+_LATENTS, _ABOUT = "latents.npy", "latents.json"
+
+
+class CachedLatents(Dataset):
+    """Latents in a memory-mapped file, as :func:`cache_latents` leaves them.
+
+    Items have ``latents``, shape ``(C, h, w)``, float32, scaled: of the image or, at random, of its mirror image where
+    the images are flipped; drawn from the posterior where the first stage has one. Chance is torch's, as it is in
+    transforms of images.
+
+    Args:
+        cache_dir (str | Path): Where the files are.
+        names (list[str]): Names of the images.
+
+    Attributes:
+        names (list[str]): Names of the images.
+    """
+
+    def __init__(self, cache_dir: str | Path, names: list[str]) -> None:
+        self.names = names
+        self._path = Path(cache_dir, _LATENTS)
+        self._has_spread = bool(json.loads(Path(cache_dir, _ABOUT).read_text())["has_spread"])
+        self._stored: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if self._stored is None:  # each worker process maps the file itself
+            self._stored = np.load(self._path, mmap_mode="r")
+        versions = self._stored.shape[1]
+        flip = int(torch.rand(()) < 0.5) if versions == 2 else 0
+        stored = torch.from_numpy(self._stored[index, flip].copy())
+        if not self._has_spread:
+            return {"latents": stored}
+        mean, std = stored.chunk(2)
+        return {"latents": mean + std * torch.randn_like(std)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stored": None}
+
+
+def cache_latents(
+    images: Images,
+    images_fingerprint: str,
+    vae: FirstStage,
+    cache_dir: str | Path,
+    accelerator: Accelerator,
+    batch_size: int = 16,
+    num_workers: int = 0,
+) -> CachedLatents:
+    """Encode a data set once, or take up what was encoded before; every process must call it, and encodes its share.
+
+    The file is ``N * F * C * h * w * 4`` bytes, F being 2 where images are flipped, and twice that where the first
+    stage has a posterior.
+
+    Args:
+        images (Images): The images; their flips are encoded too if they are flipped at random.
+        images_fingerprint (str): As of :func:`.fingerprint_images`.
+        vae (VQModel | AutoencoderKL): The first stage, on the accelerator's device.
+        cache_dir (str | Path): Where the files are to be, seen by all processes.
+        accelerator (Accelerator): The run's.
+        batch_size (int): Images encoded at once. Defaults to 16.
+        num_workers (int): Worker processes that read images. Defaults to 0.
+
+    Returns:
+        CachedLatents: The latents.
+
+    Raises:
+        ValueError: On every process: if the folder holds latents of other images, or of another first stage,
+            resolution or crop; if random parts of images are asked for, which no cache can hold; if the disk is full.
+    """
+    folder = Path(cache_dir)
+    _check_crops(images)
+    about = {
+        "version": _VERSION,
+        "images": images_fingerprint,
+        "num_images": len(images),
+        "first_stage": fingerprint(vae),
+        "resolution": images.resolution,
+        "random_flip": images.random_flip,
+    }
+    error = None
+    if accelerator.is_main_process:
+        error = _differs(folder, about)
+    raise_together(error)
+    if not _is_whole(folder):
+        _encode(images, vae, folder, about, accelerator, batch_size, num_workers)
+    return CachedLatents(folder, images.names)
+
+
+def _check_crops(images: Images) -> None:
+    if images.center_crop:
+        return
+    width, height = images.picture(0).size  # all are of one size, or check_images has refused them
+    if width != height:
+        raise ValueError(
+            f"the images are {width}x{height}: of each visit another part would be cropped, which a cache cannot hold; "
+            "pass --center_crop, or do without --cache_latents"
+        )
+
+
+def _differs(folder: Path, about: Mapping[str, Any]) -> str | None:
+    """What makes a cache that is there one of something else."""
+    try:
+        found = json.loads((folder / _ABOUT).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"cannot read {folder / _ABOUT}: {error}; delete {folder}, or name another --latents_dir"
+    differ = [
+        f"{name}: {found.get(name)!r} there, {about[name]!r} here" for name in about if found.get(name) != about[name]
+    ]
+    if differ:
+        return (
+            f"{folder} holds the latents of something else ({'; '.join(differ)}): delete it, or name another "
+            "--latents_dir"
+        )
+    if not _is_whole(folder):
+        return f"{folder / _LATENTS} is not what {_ABOUT} beside it says: delete {folder}"
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a cache is there and was finished: its description is written last."""
+    try:
+        shape = json.loads((folder / _ABOUT).read_text())["shape"]
+        return list(np.load(folder / _LATENTS, mmap_mode="r").shape) == shape
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _encode(
+    images: Images,
+    vae: FirstStage,
+    folder: Path,
+    about: dict[str, Any],
+    accelerator: Accelerator,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    partial = folder / f"{_LATENTS}.partial"
+    channels, height, width = latent_shape(vae, images.resolution)
+    has_spread = not isinstance(vae, VQModel)
+    flips = (False, True) if images.random_flip else (False,)
+    shape = (len(images), len(flips), channels * (1 + has_spread), height, width)
+    error = None
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _reserve(partial, shape)
+        except OSError as problem:
+            gib = np.prod(shape, dtype=float) * 4 / 2**30
+            error = f"cannot write the latents, {gib:.2f} GiB, to {folder}: {problem}; name another --latents_dir"
+    raise_together(error)
+    stored = np.lib.format.open_memmap(partial, mode="r+")
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    own = torch.Generator()  # reading them draws nothing from the global one
+    loader = DataLoader(_Fixed(images, mine, flips), batch_size, num_workers=num_workers, generator=own)
+    for indices, pixels in tqdm(loader, "encoding", disable=not accelerator.is_local_main_process):
+        for version in range(len(flips)):
+            mean, std = moments(vae, pixels[:, version].to(accelerator.device))
+            encoded = mean if std is None else torch.cat([mean, std], dim=1)
+            stored[indices.numpy(), version] = encoded.float().cpu().numpy()
+    stored.flush()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.replace(partial, folder / _LATENTS)
+        description = folder / f"{_ABOUT}.partial"
+        description.write_text(json.dumps({**about, "has_spread": has_spread, "shape": shape}, indent=2) + "\n")
+        os.replace(description, folder / _ABOUT)
+    accelerator.wait_for_everyone()
+
+
+def _reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """Make the file with all its blocks: writing into a map of a full disk would kill the process."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+class _Fixed(Dataset):
+    """Indices, and images without chance: shape ``(F, 3, R, R)``, as they are and mirrored."""
+
+    def __init__(self, images: Images, indices: range, flips: tuple[bool, ...]) -> None:
+        self.images = images
+        self.indices = indices
+        self.flips = flips
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor]:
+        index = self.indices[position]
+        return index, torch.stack([self.images.fixed(index, flip) for flip in self.flips])
+
+    def __len__(self) -> int:
+        return len(self.indices)

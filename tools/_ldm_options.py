@@ -1,0 +1,158 @@
+"""The options of a latent-diffusion training: flags named as in diffusers' examples, recipes that set them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers.optimization import SchedulerType
+
+from infobatch_mm.diffusion.denoising import PREDICTION_TYPES
+
+
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line, over those of the recipe that it names.
+
+    Raises:
+        SystemExit: With a message, for an option that is unknown, missing or out of its range.
+    """
+    parser = _parser()
+    config = parser.parse_known_args(argv)[0].config
+    try:
+        recipe = [] if config is None else _as_flags(_read_recipe(Path(config)))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"cannot read the recipe {config}: {error}")
+    # What stands on the command line comes later, and wins.
+    _, unknown = parser.parse_known_args(recipe)
+    if unknown:
+        parser.error(f"the recipe {config} sets what is no option: {' '.join(unknown)}")
+    args = parser.parse_args(argv, parser.parse_known_args(recipe)[0])
+    _check(parser, args)
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train an unconditional latent-diffusion model with pruning",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", help="recipe: a YAML file of these options; those of the command line win")
+    parser.add_argument("--output_dir", help="where checkpoints, samples and the pipeline go")
+    parser.add_argument("--seed", type=int, default=0, help="of model, noise and pruning")
+    parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="train on the CPU")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data_dir", help="folder of images, searched recursively")
+    data.add_argument("--dataset_name", help="data set of the hub, or a folder that the datasets library reads")
+    data.add_argument("--eval_data_dir", help="folder of held-out images: their denoising loss is measured")
+    data.add_argument("--resolution", type=int, default=256, help="width and height of the images in pixels")
+    _flag(data, "--center_crop", False, "crop the centre of images that are not square, not at random")
+    _flag(data, "--random_flip", False, "flip images at random")
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="worker processes")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--vae", help="first stage: a folder of a VQModel or AutoencoderKL, or an id of the hub")
+    _flag(model, "--cache_latents", False, "encode the images once, before the training")
+    model.add_argument("--latents_dir", help="where the encoded images are kept; by default in the output folder")
+    model.add_argument("--unet_config", type=_mapping, help="UNet2DModel: its config.json, or the folder of one")
+    model.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="what the UNet predicts")
+    model.add_argument("--ddpm_num_steps", type=int, default=1000, help="timesteps of the noise schedule")
+    model.add_argument("--ddpm_beta_schedule", default="scaled_linear", help="shape of the noise schedule")
+    model.add_argument("--ddpm_beta_start", type=float, default=0.0015, help="beta of its first timestep")
+    model.add_argument("--ddpm_beta_end", type=float, default=0.0195, help="beta of its last timestep")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--train_batch_size", type=int, default=16, help="per process")
+    training.add_argument("--num_epochs", type=int, default=100, help="passes over the data")
+    training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per update")
+    training.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW")
+    schedules = [each.value for each in SchedulerType]
+    training.add_argument("--lr_scheduler", choices=schedules, default="constant", help="learning-rate schedule")
+    training.add_argument("--lr_warmup_steps", type=int, default=0, help="updates of warm-up")
+    training.add_argument("--adam_beta1", type=float, default=0.9, help="first beta of AdamW")
+    training.add_argument("--adam_beta2", type=float, default=0.999, help="second beta of AdamW")
+    training.add_argument("--adam_epsilon", type=float, default=1e-8, help="epsilon of AdamW")
+    training.add_argument("--adam_weight_decay", type=float, default=1e-2, help="weight decay of AdamW")
+    training.add_argument("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it; 0 for none")
+    training.add_argument("--snr_gamma", type=float, help="gamma of Min-SNR weighting, e.g. 5")
+    _flag(training, "--use_ema", False, "average the weights; the pipeline holds the average")
+    training.add_argument("--ema_max_decay", type=float, default=0.9999, help="decay of the average")
+    training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of the UNet")
+
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument("--prune_ratio", type=float, default=0.5, help="chance that a well-learned image is skipped")
+    pruning.add_argument("--delta", type=float, default=0.875, help="share of the training after which none is skipped")
+    pruning.add_argument("--policy", default="infobatch", help="infobatch, random, or none for the unpruned training")
+    pruning.add_argument("--score_ema", type=float, default=0.0, help="decay of the score's average over visits")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")
+    output.add_argument("--checkpoints_total_limit", type=int, help="how many checkpoints are kept")
+    output.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    output.add_argument("--logger", default="tensorboard", help="tensorboard, wandb or none")
+    output.add_argument(
+        "--save_images_epochs", type=int, default=10, help="epochs between grids of samples; 0 for none"
+    )
+    output.add_argument("--eval_batch_size", type=int, default=16, help="samples of a grid")
+    output.add_argument("--ddpm_num_inference_steps", type=int, default=100, help="steps of DDIM sampling")
+    return parser
+
+
+def _flag(group: Any, name: str, default: bool, text: str) -> None:
+    group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    """A JSON file, the folder of a ``config.json``, or JSON itself."""
+    try:
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        path = Path(text, "config.json") if Path(text).is_dir() else Path(text)
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text} holds a {type(found).__name__}, not the settings of a UNet2DModel")
+    return found
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """Options of a YAML file, over those of the recipe that its ``_base_`` names."""
+    options = yaml.safe_load(path.read_text())
+    if not isinstance(options, dict):
+        raise ValueError("it must be a mapping of options, such as `resolution: 256`")
+    base = options.pop("_base_", None)
+    return options if base is None else {**_read_recipe(path.parent / base), **options}
+
+
+def _as_flags(options: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what is missing or makes no sense, before anything is loaded."""
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give the images by either --train_data_dir or --dataset_name")
+    for name in ("output_dir", "vae", "unet_config"):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is needed, here or in a recipe (--config)")
+    at_least = dict.fromkeys(
+        ("resolution", "train_batch_size", "num_epochs", "gradient_accumulation_steps", "checkpointing_steps"), 1
+    )
+    at_least |= dict.fromkeys(("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size"), 1)
+    at_least |= dict.fromkeys(("seed", "lr_warmup_steps", "dataloader_num_workers", "save_images_epochs"), 0)
+    if args.checkpoints_total_limit is not None:
+        at_least["checkpoints_total_limit"] = 1
+    for name, least in at_least.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)}: it must be at least {least}")

@@ -1,0 +1,117 @@
+"""Train a latent-diffusion model without and with InfoBatch, and compare.
+
+python tools/compare_ldm.py configs/ldm/FULL.yaml configs/ldm/PRUNED.yaml --work_dir DIR [--seeds 0 1] [--shortened]
+    [--random] -- --train_data_dir DIR --vae DIR --eval_data_dir DIR ...
+
+What stands after -- goes to every run of train_ldm.py. Each run is kept below DIR, and not trained again where it is
+done; the encoded images are shared. DIR/comparison.json holds the numbers, DIR/samples.png the samples of all arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _ldm_options import parse_options
+from _report import Rows, means, table
+from PIL import Image, ImageDraw
+from rich.console import Console
+
+from infobatch_mm.core import EpochSchedule, InfoBatchPolicy
+
+METRIC = "held_out_loss"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    parser = argparse.ArgumentParser(description="Compare a pruned latent-diffusion training with its unpruned twin")
+    parser.add_argument("full", help="recipe of the unpruned run")
+    parser.add_argument("pruned", help="recipe of the pruned run")
+    parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm for each of them")
+    parser.add_argument("--shortened", action="store_true", help="control: the unpruned run, as many visits as pruned")
+    parser.add_argument("--random", action="store_true", help="control: pruned at random, as many visits as pruned")
+    args, options = parser.parse_args(given[:cut]), given[cut + 1 :]
+
+    seeds: dict[int, Rows] = {}
+    for seed in args.seeds:
+        seeds[seed] = train_arms(args, seed, [*options, "--seed", str(seed)])
+    console = Console()
+    console.print(table(f"{Path(args.full).stem}", METRIC, list(seeds.values()), decimals=5))
+    shown = args.work_dir / "samples.png"
+    side_by_side(args.work_dir / f"seed-{args.seeds[0]}", list(seeds[args.seeds[0]]), shown)
+    result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
+    if len(seeds) > 1:
+        result = {**means(METRIC, seeds), "by_seed": result}
+    (args.work_dir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
+    console.print(f"samples of all arms: {shown}")
+
+
+def train_arms(args: argparse.Namespace, seed: int, options: list[str]) -> Rows:
+    """Train every arm with one seed; the controls are made after the pruned run."""
+    root = args.work_dir / f"seed-{seed}"
+    shared = ["--latents_dir", str(args.work_dir / "latents")]
+    rows = {}
+    for name, recipe in (("baseline", args.full), ("infobatch", args.pruned)):
+        rows[name] = run(root / name, ["--config", recipe, *shared, *options])
+    summary = json.loads((root / "infobatch" / "infobatch_summary.json").read_text())
+    if args.shortened:
+        epochs = max(1, round(summary["samples_seen"] / summary["num_samples"]))
+        flags = ["--config", args.full, *shared, *options, "--num_epochs", str(epochs)]
+        rows["shortened"] = run(root / "shortened", flags)
+    if args.random:
+        ratio = random_ratio(summary)
+        flags = ["--config", args.pruned, *shared, *options, "--policy", "random", "--prune_ratio", f"{ratio:.6f}"]
+        rows["random"] = run(root / "random", flags)
+    return rows
+
+
+def random_ratio(summary: dict[str, Any]) -> float:
+    """The ratio that prunes at random, in all passes before delta alike, as much as the summary's run saved."""
+    schedule = EpochSchedule(summary["num_samples"], summary["passes_total"], 1)
+    policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
+    prunable = sum(policy.is_active(schedule.progress(each)) for each in range(schedule.num_passes))
+    return (summary["samples_full"] - summary["samples_seen"]) / max(1, prunable * summary["num_samples"])
+
+
+def run(output_dir: Path, flags: list[str]) -> dict[str, float]:
+    """Train one arm, unless it is done; go on where it was interrupted."""
+    flags = [*flags, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
+    parse_options(flags)  # refuses what is wrong before the first arm is trained
+    if not (output_dir / "model_index.json").is_file():
+        print(f"== {output_dir}", flush=True)
+        subprocess.run([sys.executable, str(Path(__file__).with_name("train_ldm.py")), *flags], check=True)
+    summary = json.loads((output_dir / "infobatch_summary.json").read_text())
+    metrics = output_dir / "metrics.json"
+    return {
+        METRIC: json.loads(metrics.read_text())[METRIC] if metrics.is_file() else float("nan"),
+        "visits": summary["samples_seen"],
+        "iterations": summary["iterations"],
+        "wall_time_s": summary["wall_time_s"],
+    }
+
+
+def side_by_side(root: Path, arms: Sequence[str], path: Path) -> None:
+    """The last samples of each arm, beside each other under their names."""
+    found = [Image.open(sorted((root / arm / "samples").glob("*.png"))[-1]) for arm in arms]
+    zoom = max(1, 320 // found[0].width)
+    grids = [grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST) for grid in found]
+    gap, head = 12, 20
+    width, height = grids[0].size
+    canvas = Image.new("RGB", (len(grids) * (width + gap) + gap, height + head + gap), "white")
+    for i, (arm, grid) in enumerate(zip(arms, grids, strict=True)):
+        left = gap + i * (width + gap)
+        ImageDraw.Draw(canvas).text((left, 4), arm, fill="black")
+        canvas.paste(grid, (left, head))
+    canvas.save(path)
+
+
+if __name__ == "__main__":
+    main()

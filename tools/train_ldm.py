@@ -1,0 +1,388 @@
+"""Train an unconditional latent-diffusion model, pruned by InfoBatch, on a folder of images.
+
+python tools/train_ldm.py --config configs/ldm/RECIPE.yaml --train_data_dir DIR --vae DIR --output_dir DIR
+accelerate launch tools/train_ldm.py --config ... --resume_from_checkpoint latest
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _ldm_options import parse_options
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DDIMScheduler, DDPMScheduler, LDMPipeline, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from infobatch_mm.core import build_policy
+from infobatch_mm.diffusion import AcceleratedInfoBatch
+from infobatch_mm.diffusion.denoising import Denoising, draw, held_out_loss
+from infobatch_mm.diffusion.first_stage import check_fits, fingerprint, latent_shape, load_first_stage, moments
+from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images, check_images, fingerprint_images
+from infobatch_mm.diffusion.latents import CachedLatents, cache_latents
+
+#: Within a checkpoint: the options of its run.
+IDENTITY_FILE = "train_ldm.json"
+#: In the output folder: what was measured at the end.
+METRICS_FILE = "metrics.json"
+#: Options that a resumed run may change.
+_FREE = {
+    *("config", "output_dir", "cpu", "train_data_dir", "dataset_name", "eval_data_dir", "vae", "latents_dir"),
+    *("cache_latents", "dataloader_num_workers", "mixed_precision", "train_batch_size", "gradient_accumulation_steps"),
+    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logger", "save_images_epochs"),
+    *("eval_batch_size", "ddpm_num_inference_steps"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says."""
+    args = parse_options(argv)
+    try:
+        train(args)
+    except ValueError as error:
+        sys.exit(f"train_ldm.py: {error}")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train, or go on with, the model that the options describe; leave its pipeline, samples and summary behind.
+
+    Raises:
+        ValueError: If images, first stage, options and checkpoint do not fit together.
+    """
+    output_dir = Path(args.output_dir)
+    checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+    build_policy(args.policy, args.prune_ratio, args.delta)  # refuses what is out of range before anything is read
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.logger == "none" else args.logger,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / "logs")),
+        # An order that a resumed run repeats, also where nothing is pruned.
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+
+    vae = load_first_stage(args.vae).to(accelerator.device)
+    check_fits(vae, args.unet_config, args.resolution)
+    identity = run_identity(args, fingerprint(vae))
+    if checkpoint is not None:
+        check_identity(checkpoint, identity)
+    images = open_images(args)
+    check_images(images)
+    seen = fingerprint_images(images)
+    held_out = None if args.eval_data_dir is None else encode_held_out(args, vae)
+    dataset: Images | CachedLatents = images
+    if args.cache_latents:
+        cache_dir = Path(args.latents_dir or output_dir / "latents")
+        dataset = cache_latents(
+            images, seen, vae, cache_dir, accelerator, args.train_batch_size, args.dataloader_num_workers
+        )
+    loader = DataLoader(
+        dataset,
+        args.train_batch_size,
+        shuffle=True,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_num_workers > 0,
+    )
+    noise_scheduler = DDPMScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        beta_start=args.ddpm_beta_start,
+        beta_end=args.ddpm_beta_end,
+        prediction_type=args.prediction_type,
+        clip_sample=False,  # latents are no pixels: they leave [-1, 1]
+    )
+    denoising = Denoising(noise_scheduler, args.snr_gamma)
+    set_seed(args.seed)  # here, so that the model is the same whether or not images were encoded before
+    unet = UNet2DModel.from_config(args.unet_config)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        args.learning_rate,
+        (args.adam_beta1, args.adam_beta2),
+        args.adam_epsilon,
+        args.adam_weight_decay,
+    )
+    infobatch = AcceleratedInfoBatch(
+        accelerator,
+        loader,
+        args.num_epochs,
+        args.prune_ratio,
+        args.delta,
+        policy=args.policy,
+        seed=args.seed,
+        item_seed=True,
+        score_ema=args.score_ema,
+        fingerprint=seen,
+    )
+    lr_scheduler = build_lr_scheduler(args, optimizer, len(dataset), accelerator.num_processes)
+    unet, optimizer, loader, lr_scheduler = infobatch.prepare(unet, optimizer, loader, lr_scheduler)
+    model = accelerator.unwrap_model(unet)
+    ema = None
+    if args.use_ema:
+        ema = EMAModel(model.parameters(), args.ema_max_decay, use_ema_warmup=True, power=0.75)
+        accelerator.register_for_checkpointing(ema)
+    if checkpoint is not None:
+        infobatch.check_output(output_dir)
+        accelerator.load_state(str(checkpoint))
+    if ema is not None:
+        ema.to(accelerator.device)  # a checkpoint's is on the CPU
+    if args.logger != "none":
+        accelerator.init_trackers("train_ldm", loggable(args))
+
+    bar = tqdm(initial=infobatch.updates_done, total=infobatch.updates_expected, unit="update")
+    bar.disable = not accelerator.is_local_main_process
+    for epoch in range(infobatch.passes_done, args.num_epochs):
+        unet.train()
+        for batch in loader:
+            bar.total = infobatch.updates_expected  # each pass knows better how many are left
+            drawn = draw(
+                infobatch.index.tolist(), latent_shape(vae, args.resolution), args.ddpm_num_steps, args.seed, epoch
+            )
+            latents = to_latents(vae, batch, drawn.posterior)
+            noise, timesteps = drawn.noise.to(latents.device), drawn.timesteps.to(latents.device)
+            with accelerator.accumulate(unet):
+                losses, scores = denoising.losses(predictor(unet), latents, noise, timesteps)
+                accelerator.backward(infobatch.weigh(losses, scores))
+                if accelerator.sync_gradients and args.max_grad_norm:
+                    accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                lr_scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            if ema is not None:
+                ema.step(model.parameters())
+            update = infobatch.updates_done
+            scalars = {"loss": infobatch.loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+            accelerator.log(scalars, step=update)
+            bar.set_postfix(scalars, refresh=False)
+            bar.update(update - bar.n)
+            if update % args.checkpointing_steps == 0:
+                save_checkpoint(accelerator, infobatch, args, identity, images.names)
+        accelerator.log(infobatch.logs(), step=infobatch.updates_done)
+        is_last = epoch + 1 == args.num_epochs
+        if args.save_images_epochs and (is_last or (epoch + 1) % args.save_images_epochs == 0):
+            with averaged(model, ema):
+                if accelerator.is_main_process:
+                    grid = output_dir / "samples" / f"{epoch + 1:04d}.png"
+                    save_samples(build_pipeline(vae, model, noise_scheduler), args, grid)
+    bar.close()
+
+    infobatch.merge()
+    infobatch.write(output_dir, images.names)
+    if accelerator.is_main_process:
+        with averaged(model, ema):
+            build_pipeline(vae, model, noise_scheduler).save_pretrained(output_dir)
+            if held_out is not None:
+                loss = held_out_loss(denoising, predictor(model), held_out, accelerator.device)
+                (output_dir / METRICS_FILE).write_text(json.dumps({"held_out_loss": loss}) + "\n")
+                print(f"held-out denoising loss {loss:.6f}")
+        summary = infobatch.summary()
+        print(
+            f"{summary['samples_seen']} of {summary['samples_full']} visits, saved {summary['saved_ratio']:.1%}, "
+            f"{summary['iterations']} iterations, {summary['wall_time_s']:.0f} s"
+        )
+    accelerator.end_training()
+
+
+def predictor(unet: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """From noisy latents and timesteps to what the UNet says of them."""
+    return lambda noisy, timesteps: unet(noisy, timesteps).sample
+
+
+@torch.no_grad()
+def to_latents(vae: nn.Module, batch: dict[str, Tensor], posterior: Tensor) -> Tensor:
+    """The latents of a batch, which may be encoded already; shape ``(B, C, h, w)``."""
+    if "latents" in batch:
+        return batch["latents"]
+    mean, std = moments(vae, batch["pixel_values"])
+    return mean if std is None else mean + std * posterior.to(mean.device)
+
+
+@torch.no_grad()
+def encode_held_out(args: argparse.Namespace, vae: nn.Module) -> HeldOut:
+    """The latents of the held-out images, without chance."""
+    images = ImageFolder(args.eval_data_dir, args.resolution, center_crop=True)
+    check_images(images)
+    parts = [
+        moments(vae, torch.stack([images.fixed(i) for i in indices.tolist()]).to(next(vae.parameters()).device))[
+            0
+        ].cpu()
+        for indices in torch.arange(len(images)).split(args.train_batch_size)
+    ]
+    return HeldOut(torch.cat(parts))
+
+
+class HeldOut(Dataset):
+    """Latents in memory, as items with ``latents``, shape ``(C, h, w)``."""
+
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"latents": self.latents[index]}
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def build_lr_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_samples: int, num_processes: int
+) -> LambdaLR:
+    """The schedule over the updates of the unpruned training; accelerate steps it once per process at each."""
+    batches = math.ceil(num_samples / (args.train_batch_size * num_processes))
+    updates = args.num_epochs * math.ceil(batches / args.gradient_accumulation_steps)
+    return get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps * num_processes,
+        num_training_steps=updates * num_processes,
+    )
+
+
+def loggable(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as trackers take them."""
+    return {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str, bool))}
+
+
+def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
+    """The checkpoint to resume from, None for a new run.
+
+    Raises:
+        ValueError: If it is not there, or a new run would mix its checkpoints with those of another.
+    """
+    found = checkpoints(output_dir)
+    if wanted is None:
+        if found:
+            raise ValueError(
+                f"{output_dir} holds checkpoints of another run, the last one {found[-1].name}: go on with it by "
+                "--resume_from_checkpoint latest, or name another --output_dir"
+            )
+        return None
+    if wanted == "latest":
+        return found[-1] if found else None
+    path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+    if not path.is_dir():
+        names = ", ".join(each.name for each in found) or "none"
+        raise ValueError(f"there is no checkpoint {wanted}; {output_dir} holds: {names}")
+    return path
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*"))
+    return [output_dir / match[0] for match in sorted((each for each in found if each), key=lambda each: int(each[1]))]
+
+
+def run_identity(args: argparse.Namespace, first_stage: str) -> dict[str, Any]:
+    """What makes a checkpoint one of this run: its options, and the fingerprint of its first stage."""
+    return {"first_stage": first_stage, **{name: value for name, value in vars(args).items() if name not in _FREE}}
+
+
+def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a run of other settings.
+
+    Raises:
+        ValueError: With the names and both values.
+    """
+    try:
+        before = json.loads((checkpoint / IDENTITY_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume: {checkpoint} is no checkpoint of train_ldm.py: {error}") from error
+    differ = [name for name in identity if before.get(name) != identity[name]]
+    if differ:
+        values = "; ".join(f"{name}: {before.get(name)!r} there, {identity[name]!r} here" for name in differ)
+        raise ValueError(
+            f"cannot resume: {checkpoint} is of a run with other settings ({values}); use the same, or another "
+            "--output_dir"
+        )
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    infobatch: AcceleratedInfoBatch,
+    args: argparse.Namespace,
+    identity: dict[str, Any],
+    names: Sequence[str],
+) -> None:
+    """Save all of the run's state, at once: a kill leaves the checkpoint before it."""
+    output_dir = Path(args.output_dir)
+    final = output_dir / f"checkpoint-{infobatch.updates_done}"
+    partial = output_dir / f"{final.name}.partial"
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    infobatch.merge()
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (partial / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        if args.checkpoints_total_limit is not None:
+            for old in checkpoints(output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+    infobatch.write(output_dir, names)
+
+
+def open_images(args: argparse.Namespace) -> Images:
+    """The training images that the options name."""
+    how = (args.resolution, args.center_crop, args.random_flip)
+    return ImageFolder(args.train_data_dir, *how) if args.train_data_dir else HubImages(args.dataset_name, *how)
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, ema: EMAModel | None) -> Iterator[nn.Module]:
+    """The model in evaluation mode, with its averaged weights where there are any, for a while."""
+    was_training = model.training
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+        if ema is not None:
+            ema.restore(model.parameters())
+
+
+def build_pipeline(vae: nn.Module, model: nn.Module, noise_scheduler: DDPMScheduler) -> LDMPipeline:
+    """The pipeline that samples from the model, by DDIM."""
+    # The last step goes to the first timestep of the schedule, as latent diffusion's own sampler does.
+    sampler = DDIMScheduler.from_config(noise_scheduler.config, set_alpha_to_one=False, steps_offset=1)
+    return LDMPipeline(vqvae=vae, unet=model, scheduler=sampler)
+
+
+def save_samples(pipeline: LDMPipeline, args: argparse.Namespace, path: Path) -> None:
+    """Save a grid of samples, from the same noise at every call."""
+    pipeline.set_progress_bar_config(disable=True)
+    count = args.eval_batch_size
+    images = pipeline(
+        count,
+        generator=torch.Generator().manual_seed(args.seed),
+        num_inference_steps=args.ddpm_num_inference_steps,
+    ).images
+    columns = max(each for each in range(1, math.isqrt(count) + 1) if count % each == 0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image_grid(images, rows=columns, cols=count // columns).save(path)
+
+
+if __name__ == "__main__":
+    main()
