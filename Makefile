@@ -5,11 +5,12 @@ OPS := .venv-ops
 DEMO := configs/demo/fcn_r18-tiny_1xb8
 DEMO_CLS := configs/resnet/resnet18-tiny_1xb32
 DEMO_MAE := configs/mae/mae_vit-tiny-p8_1xb64-coslr
+DEMO_LDM := configs/ldm/ldm_unet-tiny-vq-f2_1xb16
 BIN := $(VENV)/bin
 # Small models on few cores: more threads than cores only get in each other's way.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup ops demo demo-data demo-cls demo-mae demo-shapes test test-slow test-ops faults lint zoo zoo-cls zoo-mae clean
+.PHONY: help setup ops demo demo-data demo-cls demo-mae demo-ldm demo-shapes test test-slow test-ops faults lint zoo zoo-cls zoo-mae clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +19,7 @@ help:
 	@echo "make demo-data  draw the demo's data set into data/demo"
 	@echo "make demo-cls   the same with a small classifier, on what make demo-shapes draws into data/demo-shapes"
 	@echo "make demo-mae   pre-train a small masked autoencoder, and fine-tune from it, about a quarter of an hour"
+	@echo "make demo-ldm   train a first stage and a small latent-diffusion model without and with InfoBatch, about six minutes"
 	@echo "make test       default test suite;  make test-slow: the long tests"
 	@echo "make faults     kill trainings and resume them, about five minutes"
 	@echo "make lint       ruff and mypy"
@@ -30,7 +32,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mm,report,test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mm,diffusers,report,test,dev]'
 	touch $@
 
 # mmcv is compiled against the torch it runs with; its sources are C++17, which torch 2.15 refuses. Without
@@ -66,6 +68,12 @@ demo-cls: demo-shapes
 
 demo-mae: demo-data
 	$(BIN)/python tools/compare.py $(DEMO_MAE)-100e_demo-64px.py $(DEMO_MAE)-infobatch-100e_demo-64px.py --then configs/mae/fcn_mae-vit-tiny-p8_1xb16-450_demo-64x64.py --work-dir work_dirs/demo-mae
+
+work_dirs/demo-ldm/first_stage/config.json: data/demo-shapes/.drawn
+	$(BIN)/python tools/train_autoencoder.py --train_data_dir data/demo-shapes/train --resolution 32 --downsample_factor 2 --output_dir $(@D)
+
+demo-ldm: demo-shapes work_dirs/demo-ldm/first_stage/config.json
+	$(BIN)/python tools/compare_ldm.py $(DEMO_LDM)-10e_demo-32px.yaml $(DEMO_LDM)-infobatch-10e_demo-32px.yaml --work_dir work_dirs/demo-ldm
 
 # Two tests at a time, each with one thread.
 test: $(VENV)/.installed

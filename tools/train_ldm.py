@@ -87,6 +87,8 @@ def train(args: argparse.Namespace) -> None:
     images = open_images(args)
     check_images(images)
     seen = fingerprint_images(images)
+    if accelerator.is_main_process:
+        warn_of_scale(vae, images)
     held_out = None if args.eval_data_dir is None else encode_held_out(args, vae)
     dataset: Images | CachedLatents = images
     if args.cache_latents:
@@ -214,6 +216,19 @@ def to_latents(vae: nn.Module, batch: dict[str, Tensor], posterior: Tensor) -> T
         return batch["latents"]
     mean, std = moments(vae, batch["pixel_values"])
     return mean if std is None else mean + std * posterior.to(mean.device)
+
+
+def warn_of_scale(vae: nn.Module, images: Images) -> None:
+    """Say so if latents are far from the unit variance that the noise schedule is made for."""
+    device = next(vae.parameters()).device
+    some = torch.stack([images.fixed(i) for i in range(0, len(images), math.ceil(len(images) / 16))])
+    spread = float(moments(vae, some.to(device))[0].std())
+    if not 0.5 < spread < 2:
+        print(
+            f"the latents have a standard deviation of {spread:.2f}, and noise one of 1: with a scaling_factor of "
+            f"{vae.config.scaling_factor / spread:.4g} in the config of the first stage, not "
+            f"{vae.config.scaling_factor:.4g}, it would be 1"
+        )
 
 
 @torch.no_grad()

@@ -43,6 +43,8 @@ def worker_options(loader: DataLoader) -> dict[str, Any]:
 class IndexedItems(Dataset):
     """Items as ``(index, item)``; a negative index marks a padding visit and is passed on as it is.
 
+    Attributes are the data set's own.
+
     Args:
         dataset: A map-style data set.
     """
@@ -56,3 +58,9 @@ class IndexedItems(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks for attributes before there is anything to ask; protocols are this object's own.
+        if name == "dataset" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

@@ -354,6 +354,7 @@ class AcceleratedInfoBatch:
             self._pruner.begin_pass()
         done = self._batches_done
         # A host's own order begins anew, or where its seedable sampler was, and is skipped through.
+        prepared.set_epoch(self._pruner.pass_index)  # type: ignore[attr-defined]
         loader = skip_first_batches(prepared, done) if done and self._keeps_order else prepared
         loader.iteration = self._pruner.pass_index  # type: ignore[attr-defined]
         batches = iter(loader)

@@ -88,18 +88,22 @@ class LoaderGeometry:
                     "before accelerator.prepare"
                 )
             sampler = _EvenPlanSampler(pruner, self._multiple)
-        kind = _SeededBatches if keeps_order and pruner.item_seed else BatchSampler
-        batches = kind(sampler, batching.batch_size, batching.drop_last)
-        if isinstance(batches, _SeededBatches):
-            batches.pruner = pruner
-        return DataLoader(
+        rebuilt = DataLoader(
             IndexedItems(loader.dataset),
-            batch_sampler=batches,
+            batch_size=batching.batch_size,
+            sampler=sampler,
+            drop_last=batching.drop_last,
             collate_fn=_IndexedCollate(loader.collate_fn),
             worker_init_fn=loader.worker_init_fn,
             generator=loader.generator,
             **worker_options(loader),
         )
+        if keeps_order and pruner.item_seed:
+            seeded = _SeededBatches(sampler, batching.batch_size, batching.drop_last)
+            seeded.pruner = pruner
+            # A loader that is given a batch sampler forgets its drop_last, for which accelerate asks it.
+            vars(rebuilt)["batch_sampler"] = seeded
+        return rebuilt
 
 
 class _SeededBatches(BatchSampler):
