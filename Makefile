@@ -70,7 +70,7 @@ demo-mae: demo-data
 	$(BIN)/python tools/compare.py $(DEMO_MAE)-100e_demo-64px.py $(DEMO_MAE)-infobatch-100e_demo-64px.py --then configs/mae/fcn_mae-vit-tiny-p8_1xb16-450_demo-64x64.py --work-dir work_dirs/demo-mae
 
 work_dirs/demo-ldm/first_stage/config.json: data/demo-shapes/.drawn
-	$(BIN)/python tools/train_autoencoder.py --train_data_dir data/demo-shapes/train --resolution 32 --downsample_factor 2 --block_out_channels 16 16 --num_epochs 4 --learning_rate 4e-3 --output_dir $(@D)
+	$(BIN)/python tools/train_autoencoder.py --train_data_dir data/demo-shapes/train --resolution 32 --downsample_factor 2 --block_out_channels 16 16 --num_epochs 6 --learning_rate 4e-3 --output_dir $(@D)
 
 demo-ldm: demo-shapes work_dirs/demo-ldm/first_stage/config.json
 	$(BIN)/python tools/compare_ldm.py $(DEMO_LDM)-10e_demo-32px.yaml $(DEMO_LDM)-infobatch-10e_demo-32px.yaml --work_dir work_dirs/demo-ldm
