@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import skip_first_batches
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, NoPruning, Pruner, PruningPolicy, build_policy
@@ -129,7 +130,7 @@ class AcceleratedInfoBatch:
         self._time_before = 0.0
         self._started = time.perf_counter()
         accelerator.register_for_checkpointing(self)
-        accelerator.register_load_state_pre_hook(_check_checkpoint)
+        accelerator.register_load_state_pre_hook(self._check_checkpoint)
         accelerator.register_save_state_pre_hook(self._check_merged)
 
     # ---- what the script calls ---------------------------------------------------------------------
@@ -139,7 +140,8 @@ class AcceleratedInfoBatch:
 
         Args:
             objects: As for ``accelerator.prepare``; the train dataloader must be one of them. Learning-rate
-                schedulers then step by progress: a pruned pass takes them as far as a full one.
+                schedulers then step by progress: a pruned pass takes them as far as a full one. One that is stepped
+                once per epoch is ``accelerator.prepare``'s; ``ReduceLROnPlateau`` is left as it is.
             kwargs: As for ``accelerator.prepare``.
 
         Returns:
@@ -160,8 +162,8 @@ class AcceleratedInfoBatch:
         for i, (each, result) in enumerate(zip(objects, prepared, strict=True)):
             if each is self._dataloader:
                 prepared[i] = PrunedLoader(self, result, self._dataloader)
-            elif isinstance(result, AcceleratedScheduler):
-                prepared[i] = PassScheduler(result, self._steps_due)
+            elif isinstance(result, AcceleratedScheduler) and not isinstance(result.scheduler, ReduceLROnPlateau):
+                prepared[i] = PassScheduler(result, self._steps_due, lambda: self.updates_done)
                 self._schedulers.append(prepared[i])
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
@@ -306,13 +308,8 @@ class AcceleratedInfoBatch:
             "wall_time_s": self._wall_time(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the next unvisited position of the same plan, as ``accelerator.load_state`` asks for it.
-
-        Raises:
-            ValueError: With both values, if the state is of another data set, policy or length of training, of a
-                newer version, or damaged.
-        """
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state of another run; see :meth:`load_state_dict`."""
         self._pruner.check_state(state)
         for key in ("num_epochs", "iterations", "wall_time_s"):
             if not is_number(state.get(key)) or state[key] < 0:
@@ -323,15 +320,38 @@ class AcceleratedInfoBatch:
                 f"cannot resume: the checkpoint is of a training of {state['num_epochs']} epochs, this one has "
                 f"{epochs}; annealing and learning rate go by their number: use the same"
             )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the next unvisited position of the same plan, as ``accelerator.load_state`` asks for it.
+
+        Raises:
+            ValueError: With both values, if the state is of another data set, policy or length of training, of a
+                newer version, or damaged.
+        """
+        self.check_state(state)
         self._pruner.load_state_dict(state)
         schedule = self._pruner.schedule
         assert isinstance(schedule, EpochSchedule)
+        for each in self._schedulers:
+            each.forget()
         if all(each.follows_its_arguments for each in self._schedulers):
             schedule.pass_steps = self._pass_updates
         self._iterations = int(state["iterations"])
         self._time_before = float(state["wall_time_s"])
         self._started = time.perf_counter()
         self._in_hand = None
+
+    def _check_checkpoint(self, models: Any, input_dir: str) -> None:
+        """Refuse a checkpoint that this run cannot go on from before accelerate loads half of it."""
+        objects = self._accelerator._custom_objects  # saved under their numbers
+        path = Path(input_dir, f"custom_checkpoint_{objects.index(self)}.pkl")
+        state = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else {}
+        if "pass_index" not in state:
+            raise ValueError(
+                f"cannot resume: the checkpoint {input_dir} was saved without InfoBatch; finish that run without it, "
+                "or start a new one from its weights"
+            )
+        self.check_state(state)
 
     def _check_merged(self, models: Any, weights: Any, output_dir: str) -> None:
         self._pruner.store.flush()
@@ -453,6 +473,13 @@ class PrunedLoader:
     def __len__(self) -> int:
         return self._infobatch._length()
 
+    @property
+    def sampler(self) -> Any:
+        """Asked for by ``accelerator.skip_first_batches``, which has nothing to do here."""
+        raise ValueError(
+            "the loader of infobatch.prepare() goes on by itself where a resumed run was: leave out skip_first_batches"
+        )
+
 
 @dataclass
 class _Batch:
@@ -487,15 +514,6 @@ def _check_accelerator(accelerator: Accelerator) -> None:
         raise ValueError(
             f"accelerate shares the data among {accelerator.num_processes} processes, torch.distributed knows "
             f"{world_size()}: pruning needs data parallelism alone, with the process group of the Accelerator"
-        )
-
-
-def _check_checkpoint(models: Any, input_dir: str) -> None:
-    """Refuse a checkpoint without our state before accelerate loads half of it."""
-    if not any(Path(input_dir).glob("custom_checkpoint_*.pkl")):
-        raise ValueError(
-            f"cannot resume: the checkpoint {input_dir} was saved without InfoBatch; finish that run without it, or "
-            "start a new one from its weights"
         )
 
 

@@ -18,11 +18,24 @@ class PassScheduler:
     Args:
         prepared (AcceleratedScheduler): What ``accelerator.prepare`` made of the scheduler.
         steps_due (Callable[[], int]): Steps that the scheduler is to have taken by now, since the training began.
+        updates_done (Callable[[], int]): Optimiser steps made by now.
+
+    Raises:
+        ValueError: If the scheduler does not say how many steps it has taken.
     """
 
-    def __init__(self, prepared: AcceleratedScheduler, steps_due: Callable[[], int]) -> None:
+    def __init__(
+        self, prepared: AcceleratedScheduler, steps_due: Callable[[], int], updates_done: Callable[[], int]
+    ) -> None:
         self._prepared = prepared
         self._steps_due = steps_due
+        self._updates_done = updates_done
+        self._stepped_at: int | None = 0
+        if not hasattr(prepared.scheduler, "last_epoch"):
+            raise ValueError(
+                f"a {type(prepared.scheduler).__name__} does not say how many steps it has taken, and cannot follow "
+                "the progress: give infobatch.prepare() a SequentialLR or a LambdaLR in its place"
+            )
         self._begin = prepared.scheduler.last_epoch  # 0, unless the scheduler was handed over in its midst
 
     @property
@@ -33,11 +46,29 @@ class PassScheduler:
         """
         return isinstance(self._prepared.scheduler, LambdaLR)
 
+    def forget(self) -> None:
+        """Forget when it was stepped last; a loaded state may be from elsewhere in the training."""
+        self._stepped_at = None
+
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """Move on to where the progress stands."""
+        """Move on to where the progress stands.
+
+        Raises:
+            ValueError: If it is not called after every optimiser step.
+        """
         if not self._prepared.gradient_state.sync_gradients:
             self._prepared.step(*args, **kwargs)  # which only counts here
             return
+        updates = self._updates_done()
+        # Accumulation across the ends of passes makes a little more of an update.
+        most = 1 if self._prepared.gradient_state.sync_with_dataloader else 2
+        if self._stepped_at is not None and updates > self._stepped_at + most:
+            raise ValueError(
+                f"the scheduler was stepped after {self._stepped_at} updates and then after {updates}: one that "
+                "infobatch.prepare() returned is stepped after every update, and gradients are accumulated by "
+                "accelerator.accumulate(); leave one that counts epochs to accelerator.prepare()"
+            )
+        self._stepped_at = updates
         if any(optimizer.step_was_skipped for optimizer in self._prepared.optimizers):
             return  # gradients overflowed; the step is made up for after the next
         scheduler = self._prepared.scheduler
