@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--train_data_dir", help="folder of images, searched recursively")
     data.add_argument("--dataset_name", help="data set of the hub, or a folder that the datasets library reads")
+    data.add_argument("--dataset_config_name", help="configuration of the data set of the hub")
+    data.add_argument("--cache_dir", help="where downloads of the datasets library are kept")
     data.add_argument("--eval_data_dir", help="folder of held-out images: their denoising loss is measured")
     data.add_argument("--resolution", type=int, default=256, help="width and height of the images in pixels")
     _flag(data, "--center_crop", False, "crop the centre of images that are not square, not at random")
@@ -56,12 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     model.add_argument("--vae", help="first stage: a folder of a VQModel or AutoencoderKL, or an id of the hub")
+    model.add_argument("--vae_scaling_factor", type=float, help="of the latents, in place of the first stage's own")
     _flag(model, "--cache_latents", False, "encode the images once, before the training")
     model.add_argument("--latents_dir", help="where the encoded images are kept; by default in the output folder")
     model.add_argument("--unet_config", type=_mapping, help="UNet2DModel: its config.json, or the folder of one")
     model.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="what the UNet predicts")
     model.add_argument("--ddpm_num_steps", type=int, default=1000, help="timesteps of the noise schedule")
-    model.add_argument("--ddpm_beta_schedule", default="scaled_linear", help="shape of the noise schedule")
+    betas = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+    model.add_argument("--ddpm_beta_schedule", choices=betas, default="scaled_linear", help="shape of the schedule")
     model.add_argument("--ddpm_beta_start", type=float, default=0.0015, help="beta of its first timestep")
     model.add_argument("--ddpm_beta_end", type=float, default=0.0195, help="beta of its last timestep")
 
@@ -70,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--num_epochs", type=int, default=100, help="passes over the data")
     training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per update")
     training.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW")
-    schedules = [each.value for each in SchedulerType]
+    schedules = [each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
     training.add_argument("--lr_scheduler", choices=schedules, default="constant", help="learning-rate schedule")
     training.add_argument("--lr_warmup_steps", type=int, default=0, help="updates of warm-up")
     training.add_argument("--adam_beta1", type=float, default=0.9, help="first beta of AdamW")
@@ -151,8 +155,16 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     )
     at_least |= dict.fromkeys(("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size"), 1)
     at_least |= dict.fromkeys(("seed", "lr_warmup_steps", "dataloader_num_workers", "save_images_epochs"), 0)
+    at_least |= dict.fromkeys(("learning_rate", "max_grad_norm"), 0)
     if args.checkpoints_total_limit is not None:
         at_least["checkpoints_total_limit"] = 1
+    if args.ddpm_num_inference_steps >= args.ddpm_num_steps:
+        parser.error(
+            f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps}: sampling takes fewer steps than the "
+            f"{args.ddpm_num_steps} of --ddpm_num_steps"
+        )
+    if args.vae_scaling_factor is not None and not args.vae_scaling_factor > 0:
+        parser.error(f"--vae_scaling_factor {args.vae_scaling_factor}: it must be positive")
     for name, least in at_least.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: it must be at least {least}")

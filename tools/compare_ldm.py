@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds[seed] = train_arms(args, seed, [*options, "--seed", str(seed)])
     console = Console()
     console.print(table(f"{Path(args.full).stem}", METRIC, list(seeds.values()), decimals=5))
-    shown = args.work_dir / "samples.png"
-    side_by_side(args.work_dir / f"seed-{args.seeds[0]}", list(seeds[args.seeds[0]]), shown)
     result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
     if len(seeds) > 1:
         result = {**means(METRIC, seeds), "by_seed": result}
     (args.work_dir / "comparison.json").write_text(json.dumps(result, indent=2) + "\n")
-    console.print(f"samples of all arms: {shown}")
+    shown = args.work_dir / "samples.png"
+    if side_by_side(args.work_dir / f"seed-{args.seeds[0]}", list(seeds[args.seeds[0]]), shown):
+        console.print(f"samples of all arms: {shown}")
 
 
 def train_arms(args: argparse.Namespace, seed: int, options: list[str]) -> Rows:
@@ -84,23 +85,37 @@ def random_ratio(summary: dict[str, Any]) -> float:
 def run(output_dir: Path, flags: list[str]) -> dict[str, float]:
     """Train one arm, unless it is done; go on where it was interrupted."""
     flags = [*flags, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
-    parse_options(flags)  # refuses what is wrong before the first arm is trained
+    options = json.loads(json.dumps(vars(parse_options(flags))))  # refuses what is wrong before an arm is trained
+    kept = output_dir / "options.json"
+    if kept.is_file() and (before := json.loads(kept.read_text())) != options:
+        differ = "; ".join(
+            f"{name}: {before.get(name)!r} there, {value!r} here"
+            for name, value in options.items()
+            if before.get(name) != value
+        )
+        sys.exit(f"{output_dir} was trained with other options ({differ}): delete it, or use another --work_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(options, indent=2) + "\n")
     if not (output_dir / "model_index.json").is_file():
         print(f"== {output_dir}", flush=True)
         subprocess.run([sys.executable, str(Path(__file__).with_name("train_ldm.py")), *flags], check=True)
     summary = json.loads((output_dir / "infobatch_summary.json").read_text())
     metrics = output_dir / "metrics.json"
     return {
-        METRIC: json.loads(metrics.read_text())[METRIC] if metrics.is_file() else float("nan"),
+        METRIC: json.loads(metrics.read_text())[METRIC] if metrics.is_file() else math.nan,
         "visits": summary["samples_seen"],
         "iterations": summary["iterations"],
         "wall_time_s": summary["wall_time_s"],
     }
 
 
-def side_by_side(root: Path, arms: Sequence[str], path: Path) -> None:
-    """The last samples of each arm, beside each other under their names."""
-    found = [Image.open(sorted((root / arm / "samples").glob("*.png"))[-1]) for arm in arms]
+def side_by_side(root: Path, arms: Sequence[str], path: Path) -> bool:
+    """The last samples of each arm, beside each other under their names; False where there are none."""
+    last = {arm: sorted((root / arm / "samples").glob("*.png"))[-1:] for arm in arms}
+    arms = [arm for arm in arms if last[arm]]
+    if not arms:
+        return False
+    found = [Image.open(last[arm][0]) for arm in arms]
     zoom = max(1, 320 // found[0].width)
     grids = [grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST) for grid in found]
     gap, head = 12, 20
@@ -111,6 +126,7 @@ def side_by_side(root: Path, arms: Sequence[str], path: Path) -> None:
         ImageDraw.Draw(canvas).text((left, 4), arm, fill="black")
         canvas.paste(grid, (left, head))
     canvas.save(path)
+    return True
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from infobatch_mm.core import build_policy
+from infobatch_mm.core.scores import check_score_ema
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 from infobatch_mm.diffusion.denoising import Denoising, draw, held_out_loss
 from infobatch_mm.diffusion.first_stage import check_fits, fingerprint, latent_shape, load_first_stage, moments
@@ -45,6 +46,7 @@ METRICS_FILE = "metrics.json"
 #: Options that a resumed run may change.
 _FREE = {
     *("config", "output_dir", "cpu", "train_data_dir", "dataset_name", "eval_data_dir", "vae", "latents_dir"),
+    *("dataset_config_name", "cache_dir", "vae_scaling_factor"),  # the first stage's fingerprint holds it
     *("cache_latents", "dataloader_num_workers", "mixed_precision", "train_batch_size", "gradient_accumulation_steps"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logger", "save_images_epochs"),
     *("eval_batch_size", "ddpm_num_inference_steps"),
@@ -68,7 +70,22 @@ def train(args: argparse.Namespace) -> None:
     """
     output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
-    build_policy(args.policy, args.prune_ratio, args.delta)  # refuses what is out of range before anything is read
+    # What is out of range is refused before anything is read.
+    build_policy(args.policy, args.prune_ratio, args.delta)
+    check_score_ema(args.score_ema)
+    noise_scheduler = DDPMScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        beta_start=args.ddpm_beta_start,
+        beta_end=args.ddpm_beta_end,
+        prediction_type=args.prediction_type,
+        clip_sample=False,  # latents are no pixels: they leave [-1, 1]
+    )
+    denoising = Denoising(noise_scheduler, args.snr_gamma)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to --output_dir {output_dir}: {error}") from error
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=args.mixed_precision,
@@ -79,13 +96,25 @@ def train(args: argparse.Namespace) -> None:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
 
+    if accelerator.log_with == [] and args.logger != "none":
+        raise ValueError(f"--logger {args.logger} is not installed: install it, or use --logger none")
     vae = load_first_stage(args.vae).to(accelerator.device)
+    if args.vae_scaling_factor is not None:
+        vae.register_to_config(scaling_factor=args.vae_scaling_factor)
     check_fits(vae, args.unet_config, args.resolution)
+    with torch.device("meta"):
+        UNet2DModel.from_config(args.unet_config)  # refuses settings that make no model
     identity = run_identity(args, fingerprint(vae))
     if checkpoint is not None:
         check_identity(checkpoint, identity)
     images = open_images(args)
     check_images(images)
+    global_batch = args.train_batch_size * accelerator.num_processes
+    if global_batch > len(images):
+        raise ValueError(
+            f"one global batch holds {global_batch} images but there are only {len(images)}: use a smaller "
+            "--train_batch_size"
+        )
     seen = fingerprint_images(images)
     if accelerator.is_main_process:
         warn_of_scale(vae, images)
@@ -103,15 +132,6 @@ def train(args: argparse.Namespace) -> None:
         num_workers=args.dataloader_num_workers,
         persistent_workers=args.dataloader_num_workers > 0,
     )
-    noise_scheduler = DDPMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
-        beta_start=args.ddpm_beta_start,
-        beta_end=args.ddpm_beta_end,
-        prediction_type=args.prediction_type,
-        clip_sample=False,  # latents are no pixels: they leave [-1, 1]
-    )
-    denoising = Denoising(noise_scheduler, args.snr_gamma)
     set_seed(args.seed)  # here, so that the model is the same whether or not images were encoded before
     unet = UNet2DModel.from_config(args.unet_config)
     optimizer = torch.optim.AdamW(
@@ -138,11 +158,13 @@ def train(args: argparse.Namespace) -> None:
     model = accelerator.unwrap_model(unet)
     ema = None
     if args.use_ema:
-        ema = EMAModel(model.parameters(), args.ema_max_decay, use_ema_warmup=True, power=0.75)
+        ema = EMAModel(model.parameters(), args.ema_max_decay)
         accelerator.register_for_checkpointing(ema)
     if checkpoint is not None:
         infobatch.check_output(output_dir)
         accelerator.load_state(str(checkpoint))
+        if accelerator.is_main_process:
+            set_aside(output_dir, checkpoint)
     if ema is not None:
         ema.to(accelerator.device)  # a checkpoint's is on the CPU
     if args.logger != "none":
@@ -306,6 +328,16 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return [output_dir / match[0] for match in sorted((each for each in found if each), key=lambda each: int(each[1]))]
 
 
+def set_aside(output_dir: Path, checkpoint: Path) -> None:
+    """Rename checkpoints of updates that the resumed run will make anew: they are not its own, nor its latest."""
+    found = checkpoints(output_dir)
+    if checkpoint in found:
+        for later in found[found.index(checkpoint) + 1 :]:
+            aside = later.with_name(f"{later.name}.superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+
+
 def run_identity(args: argparse.Namespace, first_stage: str) -> dict[str, Any]:
     """What makes a checkpoint one of this run: its options, and the fingerprint of its first stage."""
     return {"first_stage": first_stage, **{name: value for name, value in vars(args).items() if name not in _FREE}}
@@ -360,7 +392,9 @@ def save_checkpoint(
 def open_images(args: argparse.Namespace) -> Images:
     """The training images that the options name."""
     how = (args.resolution, args.center_crop, args.random_flip)
-    return ImageFolder(args.train_data_dir, *how) if args.train_data_dir else HubImages(args.dataset_name, *how)
+    if args.train_data_dir:
+        return ImageFolder(args.train_data_dir, *how)
+    return HubImages(args.dataset_name, *how, config=args.dataset_config_name, cache_dir=args.cache_dir)
 
 
 @contextlib.contextmanager

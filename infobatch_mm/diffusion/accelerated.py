@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,11 +128,16 @@ class AcceleratedInfoBatch:
         self._in_hand: _Batch | None = None
         self._loss: Tensor | None = None
         self._iterations = 0
+        self._updates_done = 0
         self._time_before = 0.0
         self._started = time.perf_counter()
+        for earlier in [each for each in accelerator._custom_objects if isinstance(each, AcceleratedInfoBatch)]:
+            earlier._detach()  # of an attempt with another batch size, as find_executable_batch_size makes
         accelerator.register_for_checkpointing(self)
-        accelerator.register_load_state_pre_hook(self._check_checkpoint)
-        accelerator.register_save_state_pre_hook(self._check_merged)
+        self._hooks = [
+            accelerator.register_load_state_pre_hook(self._check_checkpoint),
+            accelerator.register_save_state_pre_hook(self._check_merged),
+        ]
 
     # ---- what the script calls ---------------------------------------------------------------------
 
@@ -162,8 +168,8 @@ class AcceleratedInfoBatch:
         for i, (each, result) in enumerate(zip(objects, prepared, strict=True)):
             if each is self._dataloader:
                 prepared[i] = PrunedLoader(self, result, self._dataloader)
-            elif isinstance(result, AcceleratedScheduler) and not isinstance(result.scheduler, ReduceLROnPlateau):
-                prepared[i] = PassScheduler(result, self._steps_due, lambda: self.updates_done)
+            elif _steps_by_update(result) and not self._keeps_order:
+                prepared[i] = PassScheduler(result, self._steps_due, lambda: self._updates_done, self._pass_updates)
                 self._schedulers.append(prepared[i])
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
@@ -219,7 +225,7 @@ class AcceleratedInfoBatch:
     @property
     def updates_done(self) -> int:
         """Optimiser steps made so far, with the accelerator's gradient accumulation."""
-        return sum(self._updates(entry["kept"]) for entry in self._pruner.history) + self._updates(self._pruner.visited)
+        return self._updates_done
 
     @property
     def updates_expected(self) -> int:
@@ -231,9 +237,10 @@ class AcceleratedInfoBatch:
         kept = [entry["kept_ratio"] for entry in pruner.history if self._prunes(entry["pass"])]
         ratio = kept[-1] if kept else 1.0
         whole = schedule.full_visits(0)
-        total = sum(self._updates(entry["kept"]) for entry in pruner.history)
+        total = self._updates_done
         if not pruner.finished and pruner.plan is not None:
-            total += math.ceil(pruner.batches / self._accelerator.gradient_accumulation_steps)
+            whole_windows = self._batches_done // self._accelerator.gradient_accumulation_steps
+            total += self._updates(len(pruner.plan)) - whole_windows
             ratio = len(pruner.plan) / whole if pruner.plan.pruned else ratio
         for coming in range(pruner.pass_index + (pruner.plan is not None), schedule.num_passes):
             total += self._updates(round(whole * ratio) if self._prunes(coming) else whole)
@@ -305,13 +312,14 @@ class AcceleratedInfoBatch:
             **self._pruner.state_dict(),
             "num_epochs": self._pruner.schedule.num_passes,
             "iterations": self._iterations,
+            "updates": self._updates_done,
             "wall_time_s": self._wall_time(),
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state of another run; see :meth:`load_state_dict`."""
         self._pruner.check_state(state)
-        for key in ("num_epochs", "iterations", "wall_time_s"):
+        for key in ("num_epochs", "iterations", "updates", "wall_time_s"):
             if not is_number(state.get(key)) or state[key] < 0:
                 raise damaged(key)
         epochs = self._pruner.schedule.num_passes
@@ -337,6 +345,7 @@ class AcceleratedInfoBatch:
         if all(each.follows_its_arguments for each in self._schedulers):
             schedule.pass_steps = self._pass_updates
         self._iterations = int(state["iterations"])
+        self._updates_done = int(state["updates"])
         self._time_before = float(state["wall_time_s"])
         self._started = time.perf_counter()
         self._in_hand = None
@@ -345,13 +354,21 @@ class AcceleratedInfoBatch:
         """Refuse a checkpoint that this run cannot go on from before accelerate loads half of it."""
         objects = self._accelerator._custom_objects  # saved under their numbers
         path = Path(input_dir, f"custom_checkpoint_{objects.index(self)}.pkl")
-        state = torch.load(path, map_location="cpu", weights_only=False) if path.exists() else {}
+        state: Mapping[str, Any] = {}
+        with contextlib.suppress(OSError, pickle.UnpicklingError):  # no file, or another object's
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if "pass_index" not in state:
             raise ValueError(
                 f"cannot resume: the checkpoint {input_dir} was saved without InfoBatch; finish that run without it, "
                 "or start a new one from its weights"
             )
         self.check_state(state)
+
+    def _detach(self) -> None:
+        """Have the accelerator forget this object."""
+        self._accelerator._custom_objects.remove(self)
+        for hook in self._hooks:
+            hook.remove()
 
     def _check_merged(self, models: Any, weights: Any, output_dir: str) -> None:
         self._pruner.store.flush()
@@ -368,6 +385,8 @@ class AcceleratedInfoBatch:
         """Walk the current pass from its first unvisited batch."""
         if self._is_pass_over:
             self._pruner.finish_pass()
+        if not self._walks:
+            self._check_schedulers()
         self._walks += 1
         self._in_hand = None
         if not self._keeps_order:
@@ -380,6 +399,9 @@ class AcceleratedInfoBatch:
         batches = iter(loader)
         with _draws_nothing(loader) if done else contextlib.nullcontext():
             first = next(batches, None)
+        plan = self._pruner.plan
+        if plan is not None and plan.pruned:
+            loader.remainder = -1  # every batch is full; accelerate takes it from the size of the data set
         current = self._pruner.pass_index
         for index, batch in itertools.chain([] if first is None else [first], batches):
             self._check_weighed()
@@ -389,6 +411,17 @@ class AcceleratedInfoBatch:
         self._check_weighed()
         if self._geometry.ragged and current == self._pruner.pass_index:
             self._pruner.advance(self._visits - self._pruner.visited)  # the last batch was the other processes'
+
+    def _check_schedulers(self) -> None:
+        """Say so if a schedule is left to count updates, of which there are fewer."""
+        ours = {id(each.prepared) for each in self._schedulers}
+        apart = [each for each in self._accelerator._schedulers if id(each) not in ours and _steps_by_update(each)]
+        if apart and not self._keeps_order:
+            warnings.warn(
+                f"a {type(apart[0].scheduler).__name__} was not given to infobatch.prepare(): if it is stepped with "
+                "every update, it will not reach its end, for a pruned training makes fewer of them",
+                stacklevel=3,
+            )
 
     def _check_weighed(self) -> None:
         if self._in_hand is not None and not self._in_hand.is_weighed:
@@ -423,6 +456,7 @@ class AcceleratedInfoBatch:
         """Count the batch in hand, on all processes, and end the pass with its last one."""
         pruner, geometry = self._pruner, self._geometry
         self._iterations += 1
+        self._updates_done += self._accelerator.sync_gradients
         plan = pruner.plan
         pruner.advance(min(geometry.batch_size, self._visits - pruner.visited))
         # Where some processes have no last batch, they cannot meet the others before the next walk.
@@ -474,9 +508,17 @@ class PrunedLoader:
         return self._infobatch._length()
 
     @property
+    def total_batch_size(self) -> int:
+        """Samples in a batch of all processes."""
+        return self._infobatch._geometry.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the pass is known. Present because scripts call it."""
+
+    @property
     def sampler(self) -> Any:
         """Asked for by ``accelerator.skip_first_batches``, which has nothing to do here."""
-        raise ValueError(
+        raise AttributeError(
             "the loader of infobatch.prepare() goes on by itself where a resumed run was: leave out skip_first_batches"
         )
 
@@ -510,11 +552,28 @@ def _check_accelerator(accelerator: Accelerator) -> None:
             "use_stateful_dataloader=True: the loader would resume where it was, and InfoBatch, which saves the "
             "position of each pass itself, a second time; leave it out of DataLoaderConfiguration"
         )
+    if accelerator.gradient_accumulation_steps > 1 and not accelerator.gradient_state.sync_with_dataloader:
+        raise ValueError(
+            "sync_with_dataloader=False: gradients would be accumulated across the ends of passes, of which learning "
+            "rates by progress know nothing; leave it out of GradientAccumulationPlugin"
+        )
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    shared = [name for name in (mesh.mesh_dim_names or () if mesh else ()) if name in ("tp", "cp", "sp")]
+    if shared:
+        raise ValueError(
+            f"the accelerator's device mesh has a dimension {shared[0]!r}, in which processes see the same samples: "
+            "pruning needs data parallelism alone"
+        )
     if accelerator.num_processes != world_size():
         raise ValueError(
             f"accelerate shares the data among {accelerator.num_processes} processes, torch.distributed knows "
             f"{world_size()}: pruning needs data parallelism alone, with the process group of the Accelerator"
         )
+
+
+def _steps_by_update(scheduler: Any) -> bool:
+    """Whether it is a prepared schedule of updates: not one of validations, nor one that another engine steps."""
+    return type(scheduler) is AcceleratedScheduler and not isinstance(scheduler.scheduler, ReduceLROnPlateau)
 
 
 @contextlib.contextmanager

@@ -19,22 +19,37 @@ class PassScheduler:
         prepared (AcceleratedScheduler): What ``accelerator.prepare`` made of the scheduler.
         steps_due (Callable[[], int]): Steps that the scheduler is to have taken by now, since the training began.
         updates_done (Callable[[], int]): Optimiser steps made by now.
+        pass_updates (int): Optimiser steps of an unpruned pass.
+
+    Attributes:
+        prepared (AcceleratedScheduler): As above.
 
     Raises:
-        ValueError: If the scheduler does not say how many steps it has taken.
+        ValueError: If the scheduler does not say how many steps it has taken, or is not stepped by accelerate's rule.
     """
 
     def __init__(
-        self, prepared: AcceleratedScheduler, steps_due: Callable[[], int], updates_done: Callable[[], int]
+        self,
+        prepared: AcceleratedScheduler,
+        steps_due: Callable[[], int],
+        updates_done: Callable[[], int],
+        pass_updates: int,
     ) -> None:
-        self._prepared = prepared
+        self.prepared = prepared
         self._steps_due = steps_due
         self._updates_done = updates_done
+        self._pass_updates = pass_updates
         self._stepped_at: int | None = 0
+        self._late = 0
         if not hasattr(prepared.scheduler, "last_epoch"):
             raise ValueError(
                 f"a {type(prepared.scheduler).__name__} does not say how many steps it has taken, and cannot follow "
                 "the progress: give infobatch.prepare() a SequentialLR or a LambdaLR in its place"
+            )
+        if not prepared.step_with_optimizer:
+            raise ValueError(
+                "step_scheduler_with_optimizer=False: when its steps are due is the script's affair, and they cannot "
+                "follow the progress; leave it out of Accelerator()"
             )
         self._begin = prepared.scheduler.last_epoch  # 0, unless the scheduler was handed over in its midst
 
@@ -44,7 +59,7 @@ class PassScheduler:
 
         A ``LambdaLR``, as all of diffusers' schedulers are, keeps its function out of checkpoints.
         """
-        return isinstance(self._prepared.scheduler, LambdaLR)
+        return isinstance(self.prepared.scheduler, LambdaLR)
 
     def forget(self) -> None:
         """Forget when it was stepped last; a loaded state may be from elsewhere in the training."""
@@ -56,22 +71,13 @@ class PassScheduler:
         Raises:
             ValueError: If it is not called after every optimiser step.
         """
-        if not self._prepared.gradient_state.sync_gradients:
-            self._prepared.step(*args, **kwargs)  # which only counts here
+        if not self.prepared.gradient_state.sync_gradients:
+            self.prepared.step(*args, **kwargs)  # which only counts here
             return
-        updates = self._updates_done()
-        # Accumulation across the ends of passes makes a little more of an update.
-        most = 1 if self._prepared.gradient_state.sync_with_dataloader else 2
-        if self._stepped_at is not None and updates > self._stepped_at + most:
-            raise ValueError(
-                f"the scheduler was stepped after {self._stepped_at} updates and then after {updates}: one that "
-                "infobatch.prepare() returned is stepped after every update, and gradients are accumulated by "
-                "accelerator.accumulate(); leave one that counts epochs to accelerator.prepare()"
-            )
-        self._stepped_at = updates
-        if any(optimizer.step_was_skipped for optimizer in self._prepared.optimizers):
+        self._check_rhythm(self._updates_done())
+        if any(optimizer.step_was_skipped for optimizer in self.prepared.optimizers):
             return  # gradients overflowed; the step is made up for after the next
-        scheduler = self._prepared.scheduler
+        scheduler = self.prepared.scheduler
         missing = self._begin + self._steps_due() - scheduler.last_epoch
         if missing < 0 and self.follows_its_arguments:  # resumed with larger batches, hence fewer steps
             scheduler.last_epoch += missing - 1
@@ -82,7 +88,20 @@ class PassScheduler:
                 break
             scheduler.step(*args, **kwargs)
 
+    def _check_rhythm(self, updates: int) -> None:
+        """Refuse a scheduler that is not stepped with the updates; scripts may leave out those that were skipped."""
+        if self._stepped_at is not None:
+            gap = updates - self._stepped_at
+            self._late = self._late + 1 if gap > 1 else 0
+            if self._late == 3 or gap >= max(2, self._pass_updates):
+                raise ValueError(
+                    f"the scheduler was stepped after {self._stepped_at} updates and then after {updates}: one that "
+                    "infobatch.prepare() returned is stepped after every update, and gradients are accumulated by "
+                    "accelerator.accumulate(); leave one that counts epochs to accelerator.prepare()"
+                )
+        self._stepped_at = updates
+
     def __getattr__(self, name: str) -> Any:
-        if name == "_prepared":  # unpickling asks before there is anything to ask
+        if name == "prepared":  # unpickling asks before there is anything to ask
             raise AttributeError(name)
-        return getattr(self._prepared, name)
+        return getattr(self.prepared, name)

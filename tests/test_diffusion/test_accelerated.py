@@ -24,6 +24,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin
 
 from infobatch_mm.core.summary import SCORES_FILE, SUMMARY_FILE
 from infobatch_mm.diffusion import AcceleratedInfoBatch
@@ -741,7 +742,7 @@ def test_a_scheduler_that_counts_epochs_is_refused_at_its_first_step() -> None:
 
 def test_gradients_accumulated_by_hand_are_noticed() -> None:
     run = Run(Setup())
-    with pytest.raises(ValueError, match=r"stepped after 0 updates and then after 4.*accelerator.accumulate"):
+    with pytest.raises(ValueError, match=r"stepped after 8 updates and then after 12.*accelerator.accumulate"):
         for i, batch in enumerate(run.loader):
             run.infobatch.weigh((run.model(batch["x"]) - batch["y"]) ** 2)
             if i % 4 == 3:
@@ -760,5 +761,69 @@ def test_a_scheduler_of_validations_is_left_to_accelerate() -> None:
 
 def test_skipping_batches_is_refused_with_the_reason() -> None:
     run = Run(Setup())
-    with pytest.raises(ValueError, match="leave out skip_first_batches"):
+    with pytest.raises(AttributeError, match="leave out skip_first_batches"):
         run.accelerator.skip_first_batches(run.loader, 2)
+
+
+def test_a_script_may_leave_out_the_steps_of_skipped_updates() -> None:
+    run = Run(Setup())
+    for i, batch in enumerate(run.loader):
+        run.infobatch.weigh((run.model(batch["x"]) - batch["y"]) ** 2)
+        if i not in (0, 1, 5):  # gradients overflowed
+            run.scheduler.step()
+    assert run.scheduler.scheduler.last_epoch == run.infobatch.updates_done == 12
+
+
+def test_schedulers_that_cannot_follow_are_refused_or_warned_of() -> None:
+    run = Run(Setup())
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    loader = DataLoader(Points(46), 4, shuffle=True)
+    infobatch = AcceleratedInfoBatch(accelerator, loader, 8)
+    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer.optimizer, 2)
+    with pytest.raises(ValueError, match="step_scheduler_with_optimizer=False"):
+        infobatch.prepare(loader, scheduler)
+    accelerator = Accelerator(cpu=True)
+    infobatch = AcceleratedInfoBatch(accelerator, loader, 8)
+    accelerator.prepare(scheduler)
+    prepared = infobatch.prepare(loader)
+    with pytest.warns(UserWarning, match="a StepLR was not given to infobatch.prepare"):
+        next(iter(prepared))
+
+
+def test_accumulation_across_the_ends_of_passes_is_refused() -> None:
+    plugin = GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=False)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    with pytest.raises(ValueError, match="sync_with_dataloader=False"):
+        AcceleratedInfoBatch(accelerator, DataLoader(Points(46), 4, shuffle=True), 8)
+
+
+def test_a_second_one_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """As find_executable_batch_size makes them."""
+    accelerator = Accelerator(cpu=True)
+    for batch_size in (23, 4):
+        loader = DataLoader(Points(46), batch_size, shuffle=True)
+        infobatch = AcceleratedInfoBatch(accelerator, loader, 8)
+    accelerator.save_state(str(tmp_path))
+    assert len(list(tmp_path.glob("custom_checkpoint_*.pkl"))) == 1
+    accelerator.load_state(str(tmp_path))
+    assert infobatch.passes_done == 0
+
+
+def test_gathered_metrics_of_a_pruned_pass_are_whole() -> None:
+    run = Run(Setup(epochs=3, prune_ratio=0.5))
+    sizes = []
+    for _ in range(3):
+        for batch in run.loader:
+            run.infobatch.weigh((run.model(batch["x"]) - batch["y"]) ** 2)
+            sizes.append(len(run.accelerator.gather_for_metrics(batch["index"])))
+    kept = [entry["kept"] for entry in run.infobatch.summary()["per_pass"]]
+    assert kept[1] < 46
+    assert sum(sizes) == sum(kept)
+
+
+def test_the_loader_has_what_scripts_ask_of_one() -> None:
+    run = Run(Setup())
+    run.loader.set_epoch(3)
+    assert run.loader.total_batch_size == 4
+    assert not hasattr(run.loader, "sampler")
+    assert run.infobatch.passes_done == 0
