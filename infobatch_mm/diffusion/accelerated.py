@@ -237,12 +237,13 @@ class AcceleratedInfoBatch:
         kept = [entry["kept_ratio"] for entry in pruner.history if self._prunes(entry["pass"])]
         ratio = kept[-1] if kept else 1.0
         whole = schedule.full_visits(0)
-        total = self._updates_done
-        if not pruner.finished and pruner.plan is not None:
-            whole_windows = self._batches_done // self._accelerator.gradient_accumulation_steps
-            total += self._updates(len(pruner.plan)) - whole_windows
-            ratio = len(pruner.plan) / whole if pruner.plan.pruned else ratio
-        for coming in range(pruner.pass_index + (pruner.plan is not None), schedule.num_passes):
+        total, accumulated = self._updates_done, self._accelerator.gradient_accumulation_steps
+        is_begun = not pruner.finished and (pruner.plan is not None or pruner.visited > 0)
+        if is_begun:
+            total += math.ceil(self._batches / accumulated) - self._batches_done // accumulated
+        if pruner.plan is not None and pruner.plan.pruned:
+            ratio = len(pruner.plan) / whole
+        for coming in range(pruner.pass_index + is_begun, schedule.num_passes):
             total += self._updates(round(whole * ratio) if self._prunes(coming) else whole)
         return total
 

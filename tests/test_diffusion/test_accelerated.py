@@ -827,3 +827,12 @@ def test_the_loader_has_what_scripts_ask_of_one() -> None:
     assert run.loader.total_batch_size == 4
     assert not hasattr(run.loader, "sampler")
     assert run.infobatch.passes_done == 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_updates_of_an_unpruned_training_are_known_from_its_start(accumulate: int) -> None:
+    run = Run(Setup(policy="none", epochs=3, accumulate=accumulate))
+    expected = []
+    run.train(lambda step: expected.append(run.infobatch.updates_expected))
+    assert set(expected) == {3 * math.ceil(12 / accumulate)}
+    assert run.infobatch.updates_done == expected[-1]
