@@ -21,7 +21,15 @@ EXTRAS = {
     ],
     # Imports only where mmcv has its compiled operators (`make ops`); ftfy and regex are SAN's text encoder's.
     "det": ["onedl-mmdetection>=3.5", "ftfy", "regex"],
-    "diffusers": ["diffusers>=0.30", "accelerate>=1.0", "torchvision", "pillow", "pyyaml", "tensorboard", "datasets>=2.14"],
+    "diffusers": [
+        "diffusers>=0.30",
+        "accelerate>=1.0",
+        "torchvision",
+        "pillow",
+        "pyyaml",
+        "tensorboard",
+        "datasets>=2.14",
+    ],
     "report": ["matplotlib>=3.7", "rich>=13"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "accelerate>=1.0"],
     "dev": ["ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],

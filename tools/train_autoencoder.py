@@ -32,6 +32,11 @@ from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images, check_
 MEASURED = 1024
 #: Images shown in a picture of reconstructions.
 SHOWN = 16
+#: Options that count something.
+_POSITIVE = (
+    *("resolution", "downsample_factor", "latent_channels", "block_out_channels", "layers_per_block"),
+    *("num_vq_embeddings", "train_batch_size", "num_epochs", "max_train_steps"),
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,9 +83,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("name one of --train_data_dir and --dataset_name")
-    for name in ("resolution", "downsample_factor", "train_batch_size", "num_epochs", "num_vq_embeddings"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}, and must be at least 1")
+    for name in _POSITIVE:
+        given = getattr(args, name)
+        if given is not None and min(given if isinstance(given, list) else [given]) < 1:
+            parser.error(f"--{name} is {given}, and must be at least 1")
     halvings = args.downsample_factor.bit_length() - 1
     if 2**halvings != args.downsample_factor or args.resolution % args.downsample_factor:
         parser.error(
@@ -167,7 +173,7 @@ class Codebook:
         self._vae = vae
         self._accelerator = accelerator
         self._start = max(1, steps // 10)
-        self._end = steps // 2
+        self._end = max(self._start, steps // 2)
         self._interval = max(1, steps // 50)
         self._generator = torch.Generator().manual_seed(seed)
         self._latents: list[Tensor] = []
@@ -216,9 +222,7 @@ def train(args: argparse.Namespace) -> None:
 
     vae = build_model(args)
     optimizer: torch.optim.Optimizer = torch.optim.Adam(vae.parameters(), lr=args.learning_rate)
-    loader = DataLoader(
-        images, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers, drop_last=False
-    )
+    loader = DataLoader(images, args.train_batch_size, shuffle=True, num_workers=args.dataloader_num_workers)
     model, optimizer, loader = accelerator.prepare(Autoencoding(vae), optimizer, loader)
     steps = args.max_train_steps or args.num_epochs * len(loader)
     # Not prepared: accelerate would step it once for each process.
@@ -231,9 +235,8 @@ def train(args: argparse.Namespace) -> None:
     progress = tqdm(total=steps, desc="autoencoder", disable=not accelerator.is_local_main_process, mininterval=2)
     for step, (epoch, batch) in zip(range(steps), _epochs(loader), strict=False):
         pixels = batch["pixel_values"]
-        with accelerator.autocast():
-            made, regulariser, latents = model(pixels, codebook is None or codebook.used_at(step))
-        difference = made.float() - pixels
+        made, regulariser, latents = model(pixels, codebook is None or codebook.used_at(step))
+        difference = made - pixels
         reconstruction = difference.abs().mean() + difference.square().mean()
         loss = reconstruction + (1.0 if codebook else args.kl_weight) * regulariser
         accelerator.backward(loss)

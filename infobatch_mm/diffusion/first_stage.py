@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, UNet2DModel, VQModel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 FirstStage: TypeAlias = VQModel | AutoencoderKL
@@ -30,26 +33,44 @@ def load_first_stage(name: str) -> FirstStage:
     Raises:
         ValueError: If there is none, or it is one whose latents are shifted, which ``LDMPipeline`` does not undo.
     """
-    reasons = []
-    for subfolder in _SUBFOLDERS:
-        where = {} if subfolder is None else {"subfolder": subfolder}
-        try:
-            kind = VQModel.load_config(name, **where).get("_class_name")
-            if kind not in _CLASSES:
-                reasons.append(f"it holds a {kind}")
+    kind, subfolder = _find(name)
+    try:
+        vae, info = _CLASSES[kind].from_pretrained(name, subfolder=subfolder, output_loading_info=True)
+    except Exception as error:  # of damaged files diffusers raises almost anything
+        raise _refusal(name, str(error).strip().partition("\n")[0]) from error
+    if missing := info["missing_keys"]:
+        raise _refusal(name, f"{len(missing)} of its weights are not in the file, such as {missing[0]}")
+    if vae.config.get("shift_factor"):
+        raise ValueError(
+            f"the first stage {name} shifts its latents by {vae.config.shift_factor}, which LDMPipeline does not "
+            "undo: use one without shift_factor"
+        )
+    return vae.requires_grad_(False).eval()
+
+
+def _find(name: str) -> tuple[str, str | None]:
+    """Class of a first stage, and the folder below ``name`` that it is in: here first, only then on the hub."""
+    other = absent = None
+    for here in (True,) if Path(name).exists() else (True, False):
+        for subfolder in _SUBFOLDERS:
+            try:
+                config = VQModel.load_config(name, subfolder=subfolder, local_files_only=here)
+            except (OSError, ValueError) as error:
+                absent = absent or str(error).partition("\n")[0]
+                if not here and isinstance(error.__context__, LocalEntryNotFoundError):
+                    break  # the hub is out of reach: asking on takes half a minute each time
                 continue
-            vae = _CLASSES[kind].from_pretrained(name, **where)
-        except (OSError, ValueError) as error:
-            reasons.append(str(error).splitlines()[0])
-            continue
-        if vae.config.get("shift_factor"):
-            raise ValueError(
-                f"the first stage {name} shifts its latents by {vae.config.shift_factor}, which LDMPipeline does not "
-                "undo: use one without shift_factor"
-            )
-        return vae.requires_grad_(False).eval()
-    raise ValueError(
-        f"cannot load a first stage from {name!r} ({reasons[0]}): name the folder of a VQModel, an AutoencoderKL or a "
+            kind = config.get("_class_name") if isinstance(config, dict) else None
+            if kind in _CLASSES:
+                return kind, subfolder
+            model = f"a {kind}" if kind else "no model of diffusers"
+            other = other or f"it holds {model}" + (f" in {subfolder}/" if subfolder else "")
+    raise _refusal(name, other or str(absent))
+
+
+def _refusal(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"cannot load a first stage from {name!r} ({reason}): name the folder of a VQModel, an AutoencoderKL or a "
         "pipeline with one, such as tools/train_autoencoder.py leaves behind, or an id of the hub, which must be "
         "reachable or in the cache already"
     )
@@ -90,19 +111,23 @@ def check_fits(vae: FirstStage, unet_config: Mapping[str, Any], resolution: int)
         ValueError: With both values.
     """
     channels, size, _ = latent_shape(vae, resolution)
+    defaults = {name: default.default for name, default in inspect.signature(UNet2DModel.__init__).parameters.items()}
+    if unknown := [name for name in unet_config if name not in defaults and not name.startswith("_")]:
+        raise ValueError(f"a UNet2DModel has no setting {unknown[0]!r}: it has {', '.join(list(defaults)[1:])}")
+    unet_config = {**defaults, **unet_config}
     for name in ("in_channels", "out_channels"):
-        if (given := unet_config.get(name, 3)) != channels:
+        if (given := unet_config[name]) != channels:
             raise ValueError(
                 f"the UNet has {name}={given}, the latents of the first stage have {channels} channels: set {name} to "
                 f"{channels}"
             )
-    given = unet_config.get("sample_size")
+    given = unet_config["sample_size"]
     if given not in (size, [size, size], (size, size)):
         raise ValueError(
             f"the UNet has sample_size={given}, images of {resolution} pixels have latents of {size}x{size}: set "
             f"sample_size to {size}, or another resolution"
         )
-    levels = len(unet_config.get("block_out_channels", (0,)))
+    levels = len(unet_config["block_out_channels"])
     if size % (factor := 2 ** (levels - 1)):
         raise ValueError(
             f"the UNet's {levels} block_out_channels shrink its input {factor} times, latents of {size}x{size} do not "
@@ -141,5 +166,5 @@ def fingerprint(vae: FirstStage) -> str:
     whole = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, weight in sorted(vae.state_dict().items()):
         whole.update(name.encode())
-        whole.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        whole.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()

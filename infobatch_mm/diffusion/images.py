@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -75,7 +77,7 @@ class Images(Dataset):
         """
         try:
             with self.open(index) as file, Image.open(file) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _to_rgb(ImageOps.exif_transpose(image))
         except Exception as error:  # of a damaged file Pillow raises almost anything
             raise ValueError(f"cannot read the image {self.names[index]}: {error}") from error
 
@@ -102,7 +104,7 @@ class Images(Dataset):
 
 
 class ImageFolder(Images):
-    """All images below a folder, in the order of their names.
+    """All images below a folder, and below folders that are linked into it, in the order of their names.
 
     Args:
         root (str | Path): The folder.
@@ -124,8 +126,10 @@ class ImageFolder(Images):
         if not self.root.is_dir():
             raise ValueError(f"there is no folder {root}: name one that holds images")
         extensions = image_extensions()
-        files = (path for path in self.root.rglob("*") if path.suffix.lower() in extensions and path.is_file())
-        names = sorted(path.relative_to(self.root).as_posix() for path in files)
+        walk = os.walk(self.root, followlinks=True)
+        files = (Path(folder, name) for folder, _, inside in walk for name in inside)
+        images = (path for path in files if path.suffix.lower() in extensions and path.is_file())
+        names = sorted(path.relative_to(self.root).as_posix() for path in images)
         if not names:
             raise ValueError(
                 f"the folder {root} holds no images: files below it must end in one of {' '.join(sorted(extensions))}"
@@ -258,7 +262,7 @@ def fingerprint_images(images: Images) -> str:
     error = None
     try:
         digests = dict(zip(mine, _in_threads(lambda index: _digest(images, index), mine), strict=True))
-    except OSError as problem:
+    except Exception as problem:  # whatever it is, the other processes must not be left waiting
         error = f"cannot read the images: {problem}"
     raise_together(error)
     for part in gather(digests):
@@ -271,6 +275,12 @@ def fingerprint_images(images: Images) -> str:
 
 def _same(image: Image.Image) -> Image.Image:
     return image  # a function with a name, for workers that are not forked
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would make white of all that is above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,11 @@ from tqdm.auto import tqdm
 from .first_stage import FirstStage, fingerprint, latent_shape, moments
 from .images import Images
 from .together import raise_together
+
+try:
+    import fcntl
+except ImportError:  # not on Unix
+    fcntl = None  # type: ignore[assignment]
 
 #: Version of the files.
 _VERSION = 1
@@ -92,7 +97,8 @@ def cache_latents(
 
     Raises:
         ValueError: On every process: if the folder holds latents of other images, or of another first stage,
-            resolution or crop; if random parts of images are asked for, which no cache can hold; if the disk is full.
+            resolution or flip; if another run encodes into it; if random parts of images are asked for, which no
+            cache can hold; if the disk is full.
     """
     folder = Path(cache_dir)
     _check_crops(images)
@@ -127,10 +133,10 @@ def _check_crops(images: Images) -> None:
 def _differs(folder: Path, about: Mapping[str, Any]) -> str | None:
     """What makes a cache that is there one of something else."""
     try:
-        found = json.loads((folder / _ABOUT).read_text())
+        found = dict(json.loads((folder / _ABOUT).read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         return f"cannot read {folder / _ABOUT}: {error}; delete {folder}, or name another --latents_dir"
     differ = [
         f"{name}: {found.get(name)!r} there, {about[name]!r} here" for name in about if found.get(name) != about[name]
@@ -149,7 +155,7 @@ def _is_whole(folder: Path) -> bool:
     """Whether a cache is there and was finished: its description is written last."""
     try:
         shape = json.loads((folder / _ABOUT).read_text())["shape"]
-        return list(np.load(folder / _LATENTS, mmap_mode="r").shape) == shape
+        return list(np.lib.format.open_memmap(folder / _LATENTS, mode="r").shape) == shape
     except (OSError, ValueError, KeyError):
         return False
 
@@ -172,12 +178,18 @@ def _encode(
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(partial)
             _reserve(partial, shape)
+        except BlockingIOError:
+            error = f"another run encodes into {folder} now: wait until it has, or name another --latents_dir"
         except OSError as problem:
             gib = np.prod(shape, dtype=float) * 4 / 2**30
+            if folder.is_dir():
+                partial.unlink(missing_ok=True)  # the disk is full enough
             error = f"cannot write the latents, {gib:.2f} GiB, to {folder}: {problem}; name another --latents_dir"
     raise_together(error)
     stored = np.lib.format.open_memmap(partial, mode="r+")
+    unusable: list[str] = []
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     own = torch.Generator()  # reading them draws nothing from the global one
     loader = DataLoader(_Fixed(images, mine, flips), batch_size, num_workers=num_workers, generator=own)
@@ -186,14 +198,29 @@ def _encode(
             mean, std = moments(vae, pixels[:, version].to(accelerator.device))
             encoded = mean if std is None else torch.cat([mean, std], dim=1)
             stored[indices.numpy(), version] = encoded.float().cpu().numpy()
+            if not encoded.isfinite().all():
+                unusable.append(images.names[int(indices[~encoded.flatten(1).isfinite().all(1).cpu()][0])])
     stored.flush()
-    accelerator.wait_for_everyone()
+    raise_together(
+        f"the latents of {unusable[0]} are not finite: the first stage is damaged, or of too low a precision"
+        if unusable
+        else None
+    )
     if accelerator.is_main_process:
         os.replace(partial, folder / _LATENTS)
         description = folder / f"{_ABOUT}.partial"
         description.write_text(json.dumps({**about, "has_spread": has_spread, "shape": shape}, indent=2) + "\n")
         os.replace(description, folder / _ABOUT)
+        lock.close()
     accelerator.wait_for_everyone()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """The file, open, kept from other runs until it is closed or this process dies: they would empty it."""
+    file = path.open("ab")
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:
