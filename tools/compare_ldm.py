@@ -116,7 +116,7 @@ def side_by_side(root: Path, arms: Sequence[str], path: Path) -> bool:
     if not arms:
         return False
     found = [Image.open(last[arm][0]) for arm in arms]
-    zoom = max(1, 320 // found[0].width)
+    zoom = max(1, round(480 / found[0].width))
     grids = [grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST) for grid in found]
     gap, head = 12, 20
     width, height = grids[0].size

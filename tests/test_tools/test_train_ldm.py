@@ -289,6 +289,38 @@ def test_every_position_is_one_to_resume_from(
     assert all(torch.equal(value, weights[name]) for name, value in unet_weights(tmp_path).items())
 
 
+def test_with_larger_batches_a_resumed_run_keeps_its_own_checkpoints(
+    train_ldm: ModuleType, material: Path, tmp_path: Path
+) -> None:
+    options = dict(checkpoints_total_limit=1, num_epochs=5)
+    train_ldm.main(flags(material, tmp_path, checkpointing_steps=9, **options))
+    assert [path.name for path in train_ldm.checkpoints(tmp_path)] == ["checkpoint-18"]
+    options |= dict(train_batch_size=8, resume_from_checkpoint="latest")
+    train_ldm.main(flags(material, tmp_path, checkpointing_steps=1, **options))
+    (left,) = train_ldm.checkpoints(tmp_path)
+    assert int(left.name.split("-")[1]) > 18
+
+
+def test_what_an_earlier_checkpoint_is_resumed_into_sets_later_ones_aside(
+    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = recorded(train_ldm, monkeypatch, flags(material, tmp_path, checkpointing_steps=6))
+    assert len(train_ldm.checkpoints(tmp_path)) == 3
+    options = dict(checkpointing_steps=7, checkpoints_total_limit=2, resume_from_checkpoint="checkpoint-6")
+    rest = recorded(train_ldm, monkeypatch, flags(material, tmp_path, **options))
+    assert rest == whole[6:]
+    assert [path.name for path in train_ldm.checkpoints(tmp_path)] == ["checkpoint-14", "checkpoint-21"]
+    superseded = sorted(path.name for path in tmp_path.glob("*.superseded"))
+    assert superseded == ["checkpoint-12.superseded", "checkpoint-18.superseded"]
+
+
+def test_the_factor_of_the_latents_can_be_set_and_is_kept(
+    train_ldm: ModuleType, material: Path, tmp_path: Path
+) -> None:
+    train_ldm.main(flags(material, tmp_path, vae_scaling_factor=2.0, num_epochs=1))
+    assert LDMPipeline.from_pretrained(tmp_path).vqvae.config.scaling_factor == 2.0
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "policy": "none"}])
 def test_two_processes_train_as_one_with_the_same_global_batch(
@@ -365,6 +397,10 @@ def test_a_recipe_is_built_on_another_and_the_command_line_wins(train_ldm: Modul
         ("unet_config: nowhere.json", [], "nowhere.json"),
         ("policy: none", ["--dataset_name=y"], "either --train_data_dir or --dataset_name"),
         ("prediction_type: flow", [], "invalid choice: 'flow'"),
+        ("ddpm_num_steps: 50", [], "--ddpm_num_inference_steps 100: sampling takes fewer steps than the 50"),
+        ("lr_scheduler: piecewise_constant", [], "invalid choice: 'piecewise_constant'"),
+        ("ddpm_beta_schedule: cosine", [], "invalid choice: 'cosine'"),
+        ("vae_scaling_factor: 0", [], "--vae_scaling_factor 0.0: it must be positive"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -401,7 +437,22 @@ def test_settings_out_of_range_are_refused_first(train_ldm: ModuleType, material
     assert "prune_ratio=1.5 is outside [0, 1)" in refusal(train_ldm, flags(material, tmp_path, prune_ratio=1.5))
     assert "unknown policy 'best'" in refusal(train_ldm, flags(material, tmp_path, policy="best"))
     assert "snr_gamma=-1.0 is not positive" in refusal(train_ldm, flags(material, tmp_path, snr_gamma=-1))
+    assert "score_ema=1.0 is outside [0, 1)" in refusal(train_ldm, flags(material, tmp_path, score_ema=1))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_makes_no_training_is_refused_before_the_images_are_encoded(
+    train_ldm: ModuleType, material: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    big = flags(material, out, cache_latents=True, train_batch_size=IMAGES + 1)
+    assert f"holds {IMAGES + 1} images but there are only {IMAGES}" in refusal(train_ldm, big)
+    unet = tmp_path / "unet.json"
+    unet.write_text(json.dumps({**UNET, "layer_per_block": 2}))
+    assert "no setting 'layer_per_block'" in refusal(train_ldm, flags(material, out, unet_config=unet))
+    assert not list(out.iterdir())
+    (tmp_path / "file").write_text("")
+    assert "cannot write to --output_dir" in refusal(train_ldm, flags(material, tmp_path / "file"))
 
 
 def test_a_first_stage_that_does_not_fit_is_refused(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
@@ -491,3 +542,19 @@ def test_the_comparison_trains_twins_and_controls(
     trained = len(calls)
     compare_ldm.main(argv)  # done runs are not trained again
     assert len(calls) == trained == 8
+    with pytest.raises(SystemExit, match=r"trained with other options \(learning_rate: 0.001 there, 1.0 here"):
+        compare_ldm.main([*argv, "--learning_rate", "1.0"])
+
+
+def test_a_comparison_without_samples_has_its_numbers(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+    import compare_ldm
+    import train_ldm
+
+    monkeypatch.setattr(compare_ldm.subprocess, "run", lambda command, check: train_ldm.main(command[2:]))
+    argv = [str(material / "recipe.yaml")] * 2 + ["--work_dir", str(tmp_path)]
+    compare_ldm.main([*argv, "--", "--num_epochs", "2"])
+    assert "infobatch" in json.loads((tmp_path / "comparison.json").read_text())["0"]
+    assert not (tmp_path / "samples.png").exists()
