@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images, check_images
+from infobatch_mm.diffusion.images import Images, check_images, open_images
 
 #: Images that the error and the latents' spread are measured on at the end, at most.
 MEASURED = 1024
@@ -215,7 +215,15 @@ def train(args: argparse.Namespace) -> None:
         mixed_precision=args.mixed_precision, log_with=args.logger, project_dir=str(args.output_dir)
     )
     set_seed(args.seed)
-    images = load_images(args)
+    images = open_images(
+        args.train_data_dir,
+        args.dataset_name,
+        args.resolution,
+        args.center_crop,
+        args.random_flip,
+        args.dataset_config_name,
+        args.cache_dir,
+    )
     check_images(images)
     if args.logger:
         accelerator.init_trackers("train_autoencoder", {k: str(v) for k, v in vars(args).items()})
@@ -261,14 +269,6 @@ def train(args: argparse.Namespace) -> None:
         finish(args, vae, images, accelerator, took)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-
-
-def load_images(args: argparse.Namespace) -> Images:
-    """The images that the command line names."""
-    settings = (args.resolution, args.center_crop, args.random_flip)
-    if args.dataset_name is None:
-        return ImageFolder(args.train_data_dir, *settings)
-    return HubImages(args.dataset_name, *settings, config=args.dataset_config_name, cache_dir=args.cache_dir)
 
 
 def _epochs(loader: DataLoader) -> Iterator[tuple[int, dict[str, Tensor]]]:

@@ -36,7 +36,7 @@ from infobatch_mm.core.scores import check_score_ema
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 from infobatch_mm.diffusion.denoising import Denoising, draw, held_out_loss
 from infobatch_mm.diffusion.first_stage import check_fits, fingerprint, latent_shape, load_first_stage, moments
-from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images, check_images, fingerprint_images
+from infobatch_mm.diffusion.images import ImageFolder, Images, check_images, fingerprint_images, open_images
 from infobatch_mm.diffusion.latents import CachedLatents, cache_latents
 
 #: Within a checkpoint: the options of its run.
@@ -107,7 +107,15 @@ def train(args: argparse.Namespace) -> None:
     identity = run_identity(args, fingerprint(vae))
     if checkpoint is not None:
         check_identity(checkpoint, identity)
-    images = open_images(args)
+    images = open_images(
+        args.train_data_dir,
+        args.dataset_name,
+        args.resolution,
+        args.center_crop,
+        args.random_flip,
+        args.dataset_config_name,
+        args.cache_dir,
+    )
     check_images(images)
     global_batch = args.train_batch_size * accelerator.num_processes
     if global_batch > len(images):
@@ -387,14 +395,6 @@ def save_checkpoint(
             for old in checkpoints(output_dir)[: -args.checkpoints_total_limit]:
                 shutil.rmtree(old)
     infobatch.write(output_dir, names)
-
-
-def open_images(args: argparse.Namespace) -> Images:
-    """The training images that the options name."""
-    how = (args.resolution, args.center_crop, args.random_flip)
-    if args.train_data_dir:
-        return ImageFolder(args.train_data_dir, *how)
-    return HubImages(args.dataset_name, *how, config=args.dataset_config_name, cache_dir=args.cache_dir)
 
 
 @contextlib.contextmanager

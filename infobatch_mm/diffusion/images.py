@@ -204,6 +204,22 @@ class HubImages(Images):
         return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"]).open("rb")
 
 
+def open_images(
+    train_data_dir: str | None,
+    dataset_name: str | None,
+    resolution: int,
+    center_crop: bool,
+    random_flip: bool,
+    config: str | None = None,
+    cache_dir: str | None = None,
+) -> Images:
+    """The images of a folder or, without one, of a data set of the hub; as the tools' options name them."""
+    if train_data_dir is not None:
+        return ImageFolder(train_data_dir, resolution, center_crop, random_flip)
+    assert dataset_name is not None
+    return HubImages(dataset_name, resolution, center_crop, random_flip, config=config, cache_dir=cache_dir)
+
+
 def image_extensions() -> frozenset[str]:
     """Endings of the files that Pillow reads, in lower case, with their dot."""
     return frozenset(end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN)

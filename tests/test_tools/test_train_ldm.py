@@ -199,7 +199,7 @@ def test_weights_of_one_give_the_losses_of_a_loop_without_us(
     accelerator = Accelerator(cpu=True, dataloader_config=config)
     args = train_ldm.parse_options(flags(material, tmp_path / "unused"))
     vae = train_ldm.load_first_stage(args.vae)
-    images = train_ldm.open_images(args)
+    images = train_ldm.ImageFolder(args.train_data_dir, 8)
     latents = torch.stack([train_ldm.moments(vae, images.fixed(i)[None])[0][0] for i in range(IMAGES)])
     loader = torch.utils.data.DataLoader(range(IMAGES), 4, shuffle=True)
     train_ldm.set_seed(0)
