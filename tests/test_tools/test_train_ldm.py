@@ -251,7 +251,7 @@ def start(argv: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("policy", ["infobatch", "none"])
+@pytest.mark.parametrize("policy", ["infobatch", pytest.param("none", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_to_the_same_weights(material: Path, tmp_path: Path, policy: str) -> None:
     options = dict(policy=policy, checkpointing_steps=3, num_epochs=40, cache_latents=True, random_flip=True)
     options |= dict(center_crop=True, latents_dir=tmp_path / "latents")
@@ -322,7 +322,9 @@ def test_the_factor_of_the_latents_can_be_set_and_is_kept(
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "policy": "none"}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"gradient_accumulation_steps": 2, "policy": "none"}, marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one_with_the_same_global_batch(
     material: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
