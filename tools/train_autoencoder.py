@@ -78,8 +78,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, default=Path("autoencoder"), help="where the model is saved")
     output.add_argument("--save_images_epochs", type=int, default=5, help="epochs between pictures; 0: at the end only")
-    output.add_argument("--logger", help="accelerate tracker to log to, as tensorboard or wandb (default: none)")
+    output.add_argument("--logger", default="none", help="tensorboard, wandb or none")
+    output.add_argument("--cpu", action="store_true", help="train on the CPU")
     args = parser.parse_args(argv)
+    if args.logger == "none":
+        args.logger = None
 
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("name one of --train_data_dir and --dataset_name")
@@ -212,7 +215,10 @@ class Codebook:
 def train(args: argparse.Namespace) -> None:
     """Train, measure and save."""
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision, log_with=args.logger, project_dir=str(args.output_dir)
+        cpu=args.cpu,
+        mixed_precision=args.mixed_precision,
+        log_with=args.logger,
+        project_dir=str(args.output_dir),
     )
     set_seed(args.seed)
     images = open_images(

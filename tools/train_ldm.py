@@ -314,6 +314,8 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
         ValueError: If it is not there, or a new run would mix its checkpoints with those of another.
     """
     found = checkpoints(output_dir)
+    if wanted is None and not found and (output_dir / "model_index.json").is_file():
+        raise ValueError(f"{output_dir} holds a finished training: delete it, or name another --output_dir")
     if wanted is None:
         if found:
             raise ValueError(
@@ -322,6 +324,8 @@ def find_checkpoint(output_dir: Path, wanted: str | None) -> Path | None:
             )
         return None
     if wanted == "latest":
+        if not found:
+            print(f"{output_dir} holds no checkpoint: a new training begins")
         return found[-1] if found else None
     path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not path.is_dir():

@@ -214,7 +214,9 @@ class AcceleratedInfoBatch:
     def loss(self) -> Tensor:
         """Mean loss of the batch weighed last on this process, without weights: the unpruned run's, for the log."""
         if self._loss is None:
-            raise ValueError("no batch was weighed yet: infobatch.loss is that of the last one")
+            raise ValueError(
+                "no batch was weighed yet: call infobatch.weigh() first, infobatch.loss is that of the last batch"
+            )
         return self._loss
 
     @property
@@ -388,6 +390,13 @@ class AcceleratedInfoBatch:
             self._pruner.finish_pass()
         if not self._walks:
             self._check_schedulers()
+        if self._pruner.finished:
+            epochs = self._pruner.schedule.num_passes
+            warnings.warn(
+                f"pass {self._pruner.pass_index + 1} of a training of {epochs} epochs, which is done: let the script's "
+                f"loop be `for epoch in range(infobatch.passes_done, {epochs})`",
+                stacklevel=3,
+            )
         self._walks += 1
         self._in_hand = None
         if not self._keeps_order:

@@ -836,3 +836,9 @@ def test_the_updates_of_an_unpruned_training_are_known_from_its_start(accumulate
     run.train(lambda step: expected.append(run.infobatch.updates_expected))
     assert set(expected) == {3 * math.ceil(12 / accumulate)}
     assert run.infobatch.updates_done == expected[-1]
+
+
+def test_a_pass_too_many_is_warned_of() -> None:
+    run = Run(Setup(epochs=2)).train()
+    with pytest.warns(UserWarning, match=r"pass 3 of a training of 2 epochs.*range\(infobatch.passes_done, 2\)"):
+        next(iter(run.loader))

@@ -497,12 +497,20 @@ def test_another_runs_checkpoints_are_left_alone(train_ldm: ModuleType, material
     assert "fingerprint" in refusal(train_ldm, flags(material, out, **resume, train_data_dir=images))
 
 
-def test_a_checkpoint_that_was_cut_short_is_none(train_ldm: ModuleType, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_cut_short_is_none(
+    train_ldm: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-12.partial", "checkpoint-x"):
         (tmp_path / name).mkdir()
     assert [path.name for path in train_ldm.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
     assert train_ldm.find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
     assert train_ldm.find_checkpoint(tmp_path / "new", "latest") is None
+    assert "holds no checkpoint: a new training begins" in capsys.readouterr().out
+
+
+def test_a_finished_training_is_left_alone(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+    train_ldm.main(flags(material, tmp_path, num_epochs=1))
+    assert "holds a finished training" in refusal(train_ldm, flags(material, tmp_path))
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------
