@@ -333,9 +333,9 @@ def test_two_processes_train_one_model(tool: ModuleType, pictures: Path, tmp_pat
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    argv = flags(pictures, tmp_path / "vae", train_batch_size=4, max_train_steps=24)
+    argv = [*flags(pictures, tmp_path / "vae", train_batch_size=4, max_train_steps=24), "--cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script), *argv, "--cpu"], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, str(script), *argv], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load_first_stage(str(tmp_path / "vae"))
     assert saved.config.scaling_factor != 1.0
