@@ -17,14 +17,10 @@ import numpy as np
 import torch
 from diffusers import LDMPipeline
 from scipy.stats import spearmanr
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch.utils.data import Subset
 
-from infobatch_mm.diffusion.denoising import Denoising, draw
+from infobatch_mm.diffusion.denoising import Denoising, losses_over_timesteps
 from infobatch_mm.diffusion.latents import CachedLatents
-
-#: A pass that no training has.
-_PASS = 2**30
 
 
 def main() -> None:
@@ -40,34 +36,21 @@ def main() -> None:
     scores, names = found["score"], found["name"].tolist()
     latents = CachedLatents(args.latents_dir, names)
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(np.isfinite(scores)))[: args.images]
-    losses = measure(LDMPipeline.from_pretrained(args.output_dir), latents, chosen, args.draws)
+    pipeline = LDMPipeline.from_pretrained(args.output_dir)
+    unet = pipeline.unet.eval()
+    losses = losses_over_timesteps(
+        Denoising(pipeline.scheduler),
+        lambda noisy, timesteps: unet(noisy, timesteps).sample,
+        Subset(latents, chosen.tolist()),
+        torch.device("cpu"),
+        draws_per_image=args.draws,
+    ).numpy()
     expected, by_timestep = losses.mean(1), losses.mean(0)
     halves = spearmanr(losses[:, ::2].mean(1), losses[:, 1::2].mean(1)).statistic
     print(f"rank correlation of score and expected loss: {spearmanr(scores[chosen], expected).statistic:.3f}")
     print(f"of two halves of the {args.draws} draws: {halves:.3f}")
     print(f"standard deviation between images: {expected.std():.4f}, between timesteps: {by_timestep.std():.4f}")
     print(f"mean loss from the first timesteps to the last: {' '.join(f'{each:.3f}' for each in by_timestep)}")
-
-
-@torch.no_grad()
-def measure(pipeline: LDMPipeline, latents: CachedLatents, chosen: np.ndarray, draws: int) -> np.ndarray:
-    """Loss of each image at each of its timesteps, shape ``(len(chosen), draws)``."""
-    unet = pipeline.unet.eval()
-    denoising = Denoising(pipeline.scheduler)
-    steps = pipeline.scheduler.config.num_train_timesteps
-    losses = np.zeros((len(chosen), draws))
-
-    def model(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return unet(noisy, timesteps).sample
-
-    for begin in tqdm(range(0, len(chosen), 64)):
-        part = chosen[begin : begin + 64]
-        clean = torch.stack([latents[int(index)]["latents"] for index in part])
-        for repeat in range(draws):
-            drawn = draw(part.tolist(), clean.shape[1:], steps, 0, _PASS, repeat)
-            timesteps = (drawn.timesteps + repeat * steps) // draws
-            losses[begin : begin + 64, repeat] = denoising.losses(model, clean, drawn.noise, timesteps)[1]
-    return losses
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infobatch_mm.core import Schedule
+from infobatch_mm.core import InfoBatchPolicy, Schedule
 
 #: What runs are compared by where the user does not say: the first that the log has. The hosts log percents.
 METRICS = ("mIoU", "accuracy/top1")
@@ -61,6 +61,19 @@ def read_summary(work_dir: Path) -> dict[str, Any] | None:
     """``infobatch_summary.json`` of a run, None where it was not pruned."""
     path = work_dir / "infobatch_summary.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
+    """The share that prunes at random, in all passes before ``delta`` alike, as many visits as a pruned run saved.
+
+    Args:
+        schedule (Schedule): The unpruned run.
+        summary (dict): ``infobatch_summary.json`` of the pruned one.
+    """
+    policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
+    passes = [p for p in range(schedule.num_passes) if policy.is_active(schedule.progress(p))]
+    prunable = sum(schedule.full_visits(p) for p in passes)
+    return (summary["samples_full"] - summary["samples_seen"]) / prunable if prunable else 0.0
 
 
 def last_checkpoint(work_dir: Path) -> str:

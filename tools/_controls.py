@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _arms import random_ratio
 from mmengine.config import Config
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, IterSchedule, Schedule
+from infobatch_mm.core import EpochSchedule, IterSchedule, Schedule
 
 # Settings of schedulers that are points in time, and those that are spans of it.
 _POINTS, _SPANS = ("begin", "end", "milestones"), ("T_max", "total_steps", "step_size")
@@ -114,9 +115,7 @@ def _schedulers(cfg: Config) -> Iterator[tuple[str, Any]]:
 
 
 def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[str]:
-    """Options that make the pruned run prune at random, as many visits as it saved.
-
-    The share pruned is the same in all passes before ``delta``: the visits saved by those of full data.
+    """Options that make the pruned run prune at random, as many visits as it saved; see :func:`_arms.random_ratio`.
 
     Args:
         cfg (Config): The pruned config.
@@ -126,9 +125,6 @@ def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[
     Returns:
         list[str]: For ``--cfg-options``.
     """
-    policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
-    passes = [p for p in range(schedule.num_passes) if policy.is_active(schedule.progress(p))]
-    prunable = sum(schedule.full_visits(p) for p in passes)
-    ratio = (summary["samples_full"] - summary["samples_seen"]) / prunable if prunable else 0.0
+    ratio = random_ratio(schedule, summary)
     hook = f"custom_hooks.{hook_index(cfg)}"
     return [f"{hook}.policy=random", f"{hook}.prune_ratio={ratio:.6f}"]

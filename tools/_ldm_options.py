@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from _images import add_data_arguments
 from diffusers.optimization import SchedulerType
 
 from infobatch_mm.diffusion.denoising import PREDICTION_TYPES
@@ -45,16 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of model, noise and pruning")
     parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="train on the CPU")
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", help="folder of images, searched recursively")
-    data.add_argument("--dataset_name", help="data set of the hub, or a folder that the datasets library reads")
-    data.add_argument("--dataset_config_name", help="configuration of the data set of the hub")
-    data.add_argument("--cache_dir", help="where downloads of the datasets library are kept")
+    data = add_data_arguments(parser, resolution=256)
     data.add_argument("--eval_data_dir", help="folder of held-out images: their denoising loss is measured")
-    data.add_argument("--resolution", type=int, default=256, help="width and height of the images in pixels")
-    _flag(data, "--center_crop", False, "crop the centre of images that are not square, not at random")
-    _flag(data, "--random_flip", False, "flip images at random")
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="worker processes")
 
     model = parser.add_argument_group("model")
     model.add_argument("--vae", help="first stage: a folder of a VQModel or AutoencoderKL, or an id of the hub")

@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _arms import random_ratio, read_summary
 from _ldm_options import parse_options
 from _report import Rows, means, table
 from PIL import Image, ImageDraw
 from rich.console import Console
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy
+from infobatch_mm.core import EpochSchedule
+from infobatch_mm.core.summary import differences
 
 METRIC = "held_out_loss"
 
@@ -62,24 +64,18 @@ def train_arms(args: argparse.Namespace, seed: int, options: list[str]) -> Rows:
     rows = {}
     for name, recipe in (("baseline", args.full), ("infobatch", args.pruned)):
         rows[name] = run(root / name, ["--config", recipe, *shared, *options])
-    summary = json.loads((root / "infobatch" / "infobatch_summary.json").read_text())
+    summary = read_summary(root / "infobatch")
+    assert summary is not None
     if args.shortened:
         epochs = max(1, round(summary["samples_seen"] / summary["num_samples"]))
         flags = ["--config", args.full, *shared, *options, "--num_epochs", str(epochs)]
         rows["shortened"] = run(root / "shortened", flags)
     if args.random:
-        ratio = random_ratio(summary)
+        schedule = EpochSchedule(summary["num_samples"], summary["passes_total"], batch_size=1)
+        ratio = random_ratio(schedule, summary)
         flags = ["--config", args.pruned, *shared, *options, "--policy", "random", "--prune_ratio", f"{ratio:.6f}"]
         rows["random"] = run(root / "random", flags)
     return rows
-
-
-def random_ratio(summary: dict[str, Any]) -> float:
-    """The ratio that prunes at random, in all passes before delta alike, as much as the summary's run saved."""
-    schedule = EpochSchedule(summary["num_samples"], summary["passes_total"], 1)
-    policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
-    prunable = sum(policy.is_active(schedule.progress(each)) for each in range(schedule.num_passes))
-    return (summary["samples_full"] - summary["samples_seen"]) / max(1, prunable * summary["num_samples"])
 
 
 def run(output_dir: Path, flags: list[str]) -> dict[str, float]:
@@ -88,18 +84,15 @@ def run(output_dir: Path, flags: list[str]) -> dict[str, float]:
     options = json.loads(json.dumps(vars(parse_options(flags))))  # refuses what is wrong before an arm is trained
     kept = output_dir / "options.json"
     if kept.is_file() and (before := json.loads(kept.read_text())) != options:
-        differ = "; ".join(
-            f"{name}: {before.get(name)!r} there, {value!r} here"
-            for name, value in options.items()
-            if before.get(name) != value
-        )
+        differ = differences(before, options)
         sys.exit(f"{output_dir} was trained with other options ({differ}): delete it, or use another --work_dir")
     output_dir.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(options, indent=2) + "\n")
     if not (output_dir / "model_index.json").is_file():
         print(f"== {output_dir}", flush=True)
         subprocess.run([sys.executable, str(Path(__file__).with_name("train_ldm.py")), *flags], check=True)
-    summary = json.loads((output_dir / "infobatch_summary.json").read_text())
+    summary = read_summary(output_dir)
+    assert summary is not None
     metrics = output_dir / "metrics.json"
     return {
         METRIC: json.loads(metrics.read_text())[METRIC] if metrics.is_file() else math.nan,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _images import add_data_arguments, open_images
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, VQModel
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from infobatch_mm.diffusion.images import Images, check_images, open_images
+from infobatch_mm.diffusion.images import Images, check_images
 
 #: Images that the error and the latents' spread are measured on at the end, at most.
 MEASURED = 1024
@@ -45,15 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", help="folder with images, at any depth")
-    data.add_argument("--dataset_name", help="instead: a data set of the hub, or a directory that `datasets` loads")
-    data.add_argument("--dataset_config_name", help="configuration of the data set of the hub")
-    data.add_argument("--cache_dir", help="where downloads of `datasets` are kept")
-    data.add_argument("--resolution", type=int, default=64, help="width and height of the images")
-    data.add_argument("--center_crop", action="store_true", help="take the middle of each image, not a random part")
-    data.add_argument("--random_flip", action="store_true", help="mirror half of the visits")
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="worker processes that read images")
+    add_data_arguments(parser, resolution=64)
     model = parser.add_argument_group("model")
     model.add_argument("--model_type", choices=("vq", "kl"), default="vq", help="VQModel or AutoencoderKL")
     model.add_argument("--downsample_factor", type=int, default=4, help="resolution over that of the latents, 2^n")
@@ -221,15 +214,7 @@ def train(args: argparse.Namespace) -> None:
         project_dir=str(args.output_dir),
     )
     set_seed(args.seed)
-    images = open_images(
-        args.train_data_dir,
-        args.dataset_name,
-        args.resolution,
-        args.center_crop,
-        args.random_flip,
-        args.dataset_config_name,
-        args.cache_dir,
-    )
+    images = open_images(args)
     check_images(images)
     if args.logger:
         accelerator.init_trackers("train_autoencoder", {k: str(v) for k, v in vars(args).items()})

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _images import open_images
 from _ldm_options import parse_options
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -28,15 +29,16 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from infobatch_mm.core import build_policy
 from infobatch_mm.core.scores import check_score_ema
+from infobatch_mm.core.summary import differences
 from infobatch_mm.diffusion import AcceleratedInfoBatch
-from infobatch_mm.diffusion.denoising import Denoising, draw, held_out_loss
+from infobatch_mm.diffusion.denoising import Denoising, Draws, draw, held_out_loss
 from infobatch_mm.diffusion.first_stage import check_fits, fingerprint, latent_shape, load_first_stage, moments
-from infobatch_mm.diffusion.images import ImageFolder, Images, check_images, fingerprint_images, open_images
+from infobatch_mm.diffusion.images import ImageFolder, Images, check_images, fingerprint_images
 from infobatch_mm.diffusion.latents import CachedLatents, cache_latents
 
 #: Within a checkpoint: the options of its run.
@@ -107,15 +109,7 @@ def train(args: argparse.Namespace) -> None:
     identity = run_identity(args, fingerprint(vae))
     if checkpoint is not None:
         check_identity(checkpoint, identity)
-    images = open_images(
-        args.train_data_dir,
-        args.dataset_name,
-        args.resolution,
-        args.center_crop,
-        args.random_flip,
-        args.dataset_config_name,
-        args.cache_dir,
-    )
+    images = open_images(args)
     check_images(images)
     global_batch = args.train_batch_size * accelerator.num_processes
     if global_batch > len(images):
@@ -126,7 +120,10 @@ def train(args: argparse.Namespace) -> None:
     seen = fingerprint_images(images)
     if accelerator.is_main_process:
         warn_of_scale(vae, images)
-    held_out = None if args.eval_data_dir is None else encode_held_out(args, vae)
+    held_out = None
+    if args.eval_data_dir is not None:
+        held_out = ImageFolder(args.eval_data_dir, args.resolution, center_crop=True)
+        check_images(held_out)
     dataset: Images | CachedLatents = images
     if args.cache_latents:
         cache_dir = Path(args.latents_dir or output_dir / "latents")
@@ -178,16 +175,16 @@ def train(args: argparse.Namespace) -> None:
     if args.logger != "none":
         accelerator.init_trackers("train_ldm", loggable(args))
 
+    shape = latent_shape(vae, args.resolution)
     bar = tqdm(initial=infobatch.updates_done, total=infobatch.updates_expected, unit="update")
     bar.disable = not accelerator.is_local_main_process
     for epoch in range(infobatch.passes_done, args.num_epochs):
         unet.train()
-        for batch in loader:
-            bar.total = infobatch.updates_expected  # each pass knows better how many are left
-            drawn = draw(
-                infobatch.index.tolist(), latent_shape(vae, args.resolution), args.ddpm_num_steps, args.seed, epoch
-            )
-            latents = to_latents(vae, batch, drawn.posterior)
+        for step, batch in enumerate(loader):
+            if step == 0:
+                bar.total = infobatch.updates_expected  # each pass knows better how many are left
+            drawn = draw(infobatch.index.tolist(), shape, args.ddpm_num_steps, args.seed, epoch)
+            latents = to_latents(vae, batch, drawn)
             noise, timesteps = drawn.noise.to(latents.device), drawn.timesteps.to(latents.device)
             with accelerator.accumulate(unet):
                 losses, scores = denoising.losses(predictor(unet), latents, noise, timesteps)
@@ -223,7 +220,10 @@ def train(args: argparse.Namespace) -> None:
         with averaged(model, ema):
             build_pipeline(vae, model, noise_scheduler).save_pretrained(output_dir)
             if held_out is not None:
-                loss = held_out_loss(denoising, predictor(model), held_out, accelerator.device)
+                parts = torch.arange(len(held_out)).split(args.train_batch_size)
+                latents = torch.cat([encoded(vae, held_out, part.tolist()).cpu() for part in parts])
+                items = [{"latents": each} for each in latents]
+                loss = held_out_loss(denoising, predictor(model), items, accelerator.device)
                 (output_dir / METRICS_FILE).write_text(json.dumps({"held_out_loss": loss}) + "\n")
                 print(f"held-out denoising loss {loss:.6f}")
         summary = infobatch.summary()
@@ -240,19 +240,17 @@ def predictor(unet: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @torch.no_grad()
-def to_latents(vae: nn.Module, batch: dict[str, Tensor], posterior: Tensor) -> Tensor:
+def to_latents(vae: nn.Module, batch: dict[str, Tensor], drawn: Draws) -> Tensor:
     """The latents of a batch, which may be encoded already; shape ``(B, C, h, w)``."""
     if "latents" in batch:
         return batch["latents"]
     mean, std = moments(vae, batch["pixel_values"])
-    return mean if std is None else mean + std * posterior.to(mean.device)
+    return mean if std is None else mean + std * drawn.posterior.to(mean.device)
 
 
 def warn_of_scale(vae: nn.Module, images: Images) -> None:
     """Say so if latents are far from the unit variance that the noise schedule is made for."""
-    device = next(vae.parameters()).device
-    some = torch.stack([images.fixed(i) for i in range(0, len(images), math.ceil(len(images) / 16))])
-    spread = float(moments(vae, some.to(device))[0].std())
+    spread = float(encoded(vae, images, range(0, len(images), math.ceil(len(images) / 16))).std())
     if not 0.5 < spread < 2:
         print(
             f"the latents have a standard deviation of {spread:.2f}, and noise one of 1: with a scaling_factor of "
@@ -262,30 +260,10 @@ def warn_of_scale(vae: nn.Module, images: Images) -> None:
 
 
 @torch.no_grad()
-def encode_held_out(args: argparse.Namespace, vae: nn.Module) -> HeldOut:
-    """The latents of the held-out images, without chance."""
-    images = ImageFolder(args.eval_data_dir, args.resolution, center_crop=True)
-    check_images(images)
-    parts = [
-        moments(vae, torch.stack([images.fixed(i) for i in indices.tolist()]).to(next(vae.parameters()).device))[
-            0
-        ].cpu()
-        for indices in torch.arange(len(images)).split(args.train_batch_size)
-    ]
-    return HeldOut(torch.cat(parts))
-
-
-class HeldOut(Dataset):
-    """Latents in memory, as items with ``latents``, shape ``(C, h, w)``."""
-
-    def __init__(self, latents: Tensor) -> None:
-        self.latents = latents
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"latents": self.latents[index]}
-
-    def __len__(self) -> int:
-        return len(self.latents)
+def encoded(vae: nn.Module, images: Images, indices: Sequence[int]) -> Tensor:
+    """The latents of some images, without chance; shape ``(len(indices), C, h, w)``."""
+    pixels = torch.stack([images.fixed(index) for index in indices])
+    return moments(vae, pixels.to(next(vae.parameters()).device))[0]
 
 
 def build_lr_scheduler(
@@ -365,11 +343,9 @@ def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:
         before = json.loads((checkpoint / IDENTITY_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot resume: {checkpoint} is no checkpoint of train_ldm.py: {error}") from error
-    differ = [name for name in identity if before.get(name) != identity[name]]
-    if differ:
-        values = "; ".join(f"{name}: {before.get(name)!r} there, {identity[name]!r} here" for name in differ)
+    if differ := differences(before, identity):
         raise ValueError(
-            f"cannot resume: {checkpoint} is of a run with other settings ({values}); use the same, or another "
+            f"cannot resume: {checkpoint} is of a run with other settings ({differ}); use the same, or another "
             "--output_dir"
         )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def _initialized() -> bool:
@@ -47,6 +49,33 @@ def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
     return [part[:size].cpu() for part, size in zip(gathered, sizes, strict=True)]
 
 
+def gather(value: T) -> list[T]:
+    """Everyone's value, in the order of the ranks; every process must call it.
+
+    Args:
+        value: Anything that can be pickled.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(error: str | None) -> None:
+    """Refuse on every process what one of them found wrong, so that none is left waiting; every process must call it.
+
+    Args:
+        error (str, optional): What this process found wrong.
+
+    Raises:
+        ValueError: On every process, with the error of the first that has one.
+    """
+    for found in gather(error):
+        if found is not None:
+            raise ValueError(found)
+
+
 def require_equal(**values: Any) -> None:
     """Refuse to go on where processes differ in what must be one; every process must call it.
 
@@ -58,8 +87,7 @@ def require_equal(**values: Any) -> None:
     """
     if world_size() == 1:
         return
-    everyones: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyones, {name: repr(value) for name, value in values.items()})
+    everyones = gather({name: repr(value) for name, value in values.items()})
     for other, theirs in enumerate(everyones):
         for name, value in everyones[0].items():
             if theirs[name] != value:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import rng
 from .plan import Plan, full_plan
 from .policies import PruningPolicy
 from .schedule import Schedule
@@ -102,7 +103,7 @@ class Pruner:
         """The plan of the current pass: the one in flight, else a new one drawn from the scores."""
         if self.plan is None:
             self.store.flush()
-            generator = self._generator()
+            generator = rng.generator(self.seed, self.pass_index)
             plan = None
             if self.is_active:
                 plan = self.policy.draw(self.store.values, self.store.seen, generator, self.schedule.batch_size)
@@ -245,8 +246,25 @@ class Pruner:
         """Share of visits avoided so far, in [0, 1)."""
         return 1 - self.samples_seen / self.samples_full if self.samples_full else 0.0
 
-    def summary(self) -> dict[str, Any]:
-        """The books as plain numbers, ready for JSON."""
+    def scalars(self) -> dict[str, float]:
+        """What a host logs of the last finished pass, those that there are; empty before there is one."""
+        if not self.history:
+            return {}
+        entry = self.history[-1]
+        scalars = {
+            "infobatch/kept_ratio": entry["kept_ratio"],
+            "infobatch/saved_ratio": self.saved_ratio,
+            "infobatch/threshold": entry["threshold"],
+            "infobatch/score_mean": entry["score_mean"],
+        }
+        return {name: value for name, value in scalars.items() if value is not None}
+
+    def summary(self, **counts: Any) -> dict[str, Any]:
+        """The books as plain numbers, ready for JSON.
+
+        Args:
+            counts: What the host counts itself, to stand before the passes.
+        """
         settings = {"policy": self.policy.name, "prune_ratio": None, "delta": None, **self.policy.settings()}
         total = self.schedule.total_samples / self.schedule.num_samples
         return {
@@ -261,6 +279,7 @@ class Pruner:
             "nonfinite_losses": self.store.num_nonfinite,
             "unusable_samples": self.store.num_invalid,
             "seed": self.seed,
+            **counts,
             "per_pass": list(self.history),
         }
 
@@ -397,11 +416,6 @@ class Pruner:
         return goes_on
 
     # ---- internals --------------------------------------------------------------------------------
-
-    def _generator(self) -> torch.Generator:
-        # Hashing the pair keeps (seed 0, pass 1) apart from (seed 1, pass 0).
-        mixed = int(np.random.SeedSequence([self.seed, self.pass_index]).generate_state(1, np.uint64)[0])
-        return torch.Generator().manual_seed(mixed & (2**63 - 1))
 
     def _set_plan(self, plan: Plan | None) -> None:
         self.plan = plan

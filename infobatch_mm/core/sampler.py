@@ -22,6 +22,14 @@ def stride(indices: Tensor, rank: int, world: int) -> Tensor:
     return indices[rank::world] if world > 1 else indices
 
 
+def filled_up(indices: Tensor, multiple_of: int) -> Tensor:
+    """Visits up to a multiple, the first ones repeated."""
+    missing = -len(indices) % multiple_of
+    if not missing:
+        return indices
+    return torch.cat([indices, indices.repeat(math.ceil(missing / len(indices)))[:missing]])
+
+
 class SeededIndex(int):
     """A sample index that carries the seed under which its item is to be read.
 
@@ -112,7 +120,6 @@ class PlanSampler(Sampler[int]):
         return indices[: math.ceil(visits / self.repeats)].repeat_interleave(self.repeats)[:visits]
 
     def _share(self, indices: Tensor) -> Tensor:
-        missing = -len(indices) % self.world
-        if missing and self.round_up:
-            indices = torch.cat([indices, indices.repeat(math.ceil(missing / len(indices)))[:missing]])
+        if self.round_up:
+            indices = filled_up(indices, self.world)
         return stride(indices, self.rank, self.world)

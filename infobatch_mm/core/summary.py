@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,13 @@ def write_scores(work_dir: str, store: ScoreStore, names: Sequence[str] | None =
         name=np.array(names if names else [""] * store.num_samples),
     )
     os.replace(partial, path)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What of ``here`` is otherwise there, by name and both values, for a refusal; '' where nothing is."""
+    return "; ".join(
+        f"{name}: {there.get(name)!r} there, {value!r} here" for name, value in here.items() if there.get(name) != value
+    )
 
 
 def check_summary(work_dir: str, summary: dict[str, Any]) -> None:

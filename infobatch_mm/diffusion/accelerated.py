@@ -260,28 +260,15 @@ class AcceleratedInfoBatch:
 
     def logs(self) -> dict[str, float]:
         """Scalars of the last finished pass, for ``accelerator.log``; empty before there is one."""
-        if not self._pruner.history:
-            return {}
-        entry = self._pruner.history[-1]
-        scalars = {
-            "infobatch/kept_ratio": entry["kept_ratio"],
-            "infobatch/saved_ratio": self._pruner.saved_ratio,
-            "infobatch/threshold": entry["threshold"],
-            "infobatch/score_mean": entry["score_mean"],
-        }
-        return {name: value for name, value in scalars.items() if value is not None}
+        return self._pruner.scalars()
 
     def summary(self) -> dict[str, Any]:
         """Policy, passes, visits, saved share, iterations, time and one entry per pass, as plain numbers."""
-        summary = self._pruner.summary()
-        per_pass = summary.pop("per_pass")
-        return {
-            **summary,
-            "iterations": self._iterations,
-            "iterations_full": self._pruner.schedule.num_passes * self._geometry.epoch_batches,
-            "wall_time_s": round(self._wall_time(), 3),
-            "per_pass": per_pass,
-        }
+        return self._pruner.summary(
+            iterations=self._iterations,
+            iterations_full=self._pruner.schedule.num_passes * self._geometry.epoch_batches,
+            wall_time_s=round(self._wall_time(), 3),
+        )
 
     def write(self, output_dir: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
         """Write ``infobatch_summary.json`` and ``infobatch_scores.npz``, on the main process.

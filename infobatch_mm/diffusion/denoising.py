@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from ..core import rng
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -26,12 +28,16 @@ class Draws:
     Attributes:
         noise (Tensor): Standard normal, shape ``(B, C, h, w)``, float32, on the CPU.
         timesteps (Tensor): In [0, T), shape ``(B,)``, int64, on the CPU.
-        posterior (Tensor): Standard normal, shaped as ``noise``; for first stages whose latents are random.
     """
 
     noise: Tensor
     timesteps: Tensor
-    posterior: Tensor
+    _generators: Sequence[torch.Generator]
+
+    @cached_property
+    def posterior(self) -> Tensor:
+        """More of the kind of ``noise``, for first stages whose latents are random; drawn only if asked for."""
+        return torch.stack([torch.randn(self.noise.shape[1:], generator=each) for each in self._generators])
 
 
 def draw(
@@ -52,17 +58,10 @@ def draw(
     Returns:
         Draws: Of the batch.
     """
-    generators = [_generator(seed, pass_index, int(index), repeat) for index in indices]
-    return Draws(
-        timesteps=torch.stack([torch.randint(num_timesteps, (), generator=each) for each in generators]),
-        noise=torch.stack([torch.randn(*shape, generator=each) for each in generators]),
-        posterior=torch.stack([torch.randn(*shape, generator=each) for each in generators]),
-    )
-
-
-def _generator(*key: int) -> torch.Generator:
-    mixed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(mixed & (2**63 - 1))
+    generators = [rng.generator(seed, pass_index, int(index), repeat) for index in indices]
+    timesteps = torch.stack([torch.randint(num_timesteps, (), generator=each) for each in generators])
+    noise = torch.stack([torch.randn(*shape, generator=each) for each in generators])
+    return Draws(noise, timesteps, generators)
 
 
 class Denoising:
@@ -109,6 +108,8 @@ class Denoising:
         predicted = model(noisy, timesteps).float()
         squared = F.mse_loss(predicted, self.target(latents, noise, timesteps).float(), reduction="none")
         losses = squared.flatten(1).mean(1)
+        if self.prediction_type != "sample" and self.snr_gamma is None:
+            return losses, losses.detach()
         snr = compute_snr(self.scheduler, timesteps)
         unclipped = losses * snr if self.prediction_type == "sample" else losses
         if self.snr_gamma is None:
@@ -127,40 +128,60 @@ class Denoising:
 
 
 @torch.no_grad()
-def held_out_loss(
+def losses_over_timesteps(
     denoising: Denoising,
     model: Callable[[Tensor, Tensor], Tensor],
-    latents: Dataset,
+    latents: Sequence[dict[str, Tensor]] | Dataset,
     device: torch.device,
     batch_size: int = 64,
     draws_per_image: int = 8,
-) -> float:
-    """Mean denoising loss of images that are not trained on, without Min-SNR weighting.
+) -> Tensor:
+    """Loss of each image at timesteps spread over the whole schedule, without Min-SNR weighting.
 
-    Noise and timesteps are the same at every call, and each image is seen at timesteps spread over the whole
-    schedule, so that models differ in it by what they have learned.
+    Noise and timesteps are the same at every call, and none that a training sees.
 
     Args:
         denoising (Denoising): The objective.
         model (Callable): As in :meth:`Denoising.losses`.
-        latents (Dataset): Items with ``latents``, shape ``(C, h, w)``.
+        latents (Dataset): N items with ``latents``, shape ``(C, h, w)``.
         device (torch.device): The model's.
         batch_size (int): Images at once. Defaults to 64.
-        draws_per_image (int): Timesteps at which each image is seen. Defaults to 8.
+        draws_per_image (int): Timesteps at which each image is seen, one in each of as many equal parts of the
+            schedule. Defaults to 8.
+
+    Returns:
+        Tensor: Shape ``(N, draws_per_image)``, float64, on the CPU.
+    """
+    num_timesteps = denoising.scheduler.config.num_train_timesteps
+    rows: list[Tensor] = []
+    first = 0
+    for batch in DataLoader(latents, batch_size):  # type: ignore[arg-type]
+        clean = batch["latents"]
+        columns = []
+        for repeat in range(draws_per_image):
+            drawn = draw(range(first, first + len(clean)), clean.shape[1:], num_timesteps, 0, _HELD_OUT, repeat)
+            timesteps = (drawn.timesteps + repeat * num_timesteps) // draws_per_image
+            _, losses = denoising.losses(model, clean.to(device), drawn.noise.to(device), timesteps.to(device))
+            columns.append(losses.double().cpu())
+        rows.append(torch.stack(columns, dim=1))
+        first += len(clean)
+    return torch.cat(rows)
+
+
+def held_out_loss(
+    denoising: Denoising,
+    model: Callable[[Tensor, Tensor], Tensor],
+    latents: Sequence[dict[str, Tensor]] | Dataset,
+    device: torch.device,
+    batch_size: int = 64,
+    draws_per_image: int = 8,
+) -> float:
+    """Mean of :func:`losses_over_timesteps` of images that are not trained on: models differ in it by what they know.
+
+    Args:
+        denoising, model, latents, device, batch_size, draws_per_image: As there.
 
     Returns:
         float: The mean over images and draws.
     """
-    total, count, first = 0.0, 0, 0
-    num_timesteps = denoising.scheduler.config.num_train_timesteps
-    for batch in DataLoader(latents, batch_size):
-        clean = batch["latents"]
-        for repeat in range(draws_per_image):
-            drawn = draw(range(first, first + len(clean)), clean.shape[1:], num_timesteps, 0, _HELD_OUT, repeat)
-            # one timestep in each of as many equal parts of the schedule
-            timesteps = (drawn.timesteps + repeat * num_timesteps) // draws_per_image
-            _, losses = denoising.losses(model, clean.to(device), drawn.noise.to(device), timesteps.to(device))
-            total += float(losses.double().sum())
-            count += len(losses)
-        first += len(clean)
-    return total / count
+    return float(losses_over_timesteps(denoising, model, latents, device, batch_size, draws_per_image).mean())

@@ -14,8 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..core.distributed import rank, world_size
-from .together import gather, raise_together
+from ..core.distributed import gather, raise_together, rank, world_size
 
 try:
     from PIL import Image, ImageOps
@@ -202,22 +201,6 @@ class HubImages(Images):
     def open(self, index: int) -> BinaryIO:
         stored: dict[str, Any] = self._table[index][self._column]
         return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"]).open("rb")
-
-
-def open_images(
-    train_data_dir: str | None,
-    dataset_name: str | None,
-    resolution: int,
-    center_crop: bool,
-    random_flip: bool,
-    config: str | None = None,
-    cache_dir: str | None = None,
-) -> Images:
-    """The images of a folder or, without one, of a data set of the hub; as the tools' options name them."""
-    if train_data_dir is not None:
-        return ImageFolder(train_data_dir, resolution, center_crop, random_flip)
-    assert dataset_name is not None
-    return HubImages(dataset_name, resolution, center_crop, random_flip, config=config, cache_dir=cache_dir)
 
 
 def image_extensions() -> frozenset[str]:

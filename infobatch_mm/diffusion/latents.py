@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..core.distributed import raise_together
+from ..core.summary import differences
 from .first_stage import FirstStage, fingerprint, latent_shape, moments
 from .images import Images
-from .together import raise_together
 
 try:
     import fcntl
@@ -138,14 +139,8 @@ def _differs(folder: Path, about: Mapping[str, Any]) -> str | None:
         return None
     except (OSError, TypeError, ValueError) as error:
         return f"cannot read {folder / _ABOUT}: {error}; delete {folder}, or name another --latents_dir"
-    differ = [
-        f"{name}: {found.get(name)!r} there, {about[name]!r} here" for name in about if found.get(name) != about[name]
-    ]
-    if differ:
-        return (
-            f"{folder} holds the latents of something else ({'; '.join(differ)}): delete it, or name another "
-            "--latents_dir"
-        )
+    if differ := differences(found, about):
+        return f"{folder} holds the latents of something else ({differ}): delete it, or name another --latents_dir"
     if not _is_whole(folder):
         return f"{folder / _LATENTS} is not what {_ABOUT} beside it says: delete {folder}"
     return None

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from ..core import PlanSampler, Pruner
 from ..core.loader import IndexedItems, check_indexable, worker_options
-from ..core.sampler import SeededIndex
+from ..core.sampler import SeededIndex, filled_up
 
 
 class LoaderGeometry:
@@ -134,10 +134,7 @@ class _EvenPlanSampler(PlanSampler):
         self._multiple = multiple
 
     def _share(self, indices: Tensor) -> Tensor:
-        missing = -len(indices) % self._multiple
-        if not missing:
-            return indices
-        return torch.cat([indices, indices.repeat(math.ceil(missing / len(indices)))[:missing]])
+        return filled_up(indices, self._multiple)
 
     def _share_of(self, visits: int) -> int:
         return visits + -visits % self._multiple

@@ -527,14 +527,8 @@ class InfoBatchHook(Hook):
         pruner = self._pruner
         assert pruner is not None
         entry = pruner.history[-1]
-        scalars = {
-            "infobatch/kept_ratio": entry["kept_ratio"],
-            "infobatch/saved_ratio": pruner.saved_ratio,
-            "infobatch/threshold": entry["threshold"],
-            "infobatch/score_mean": entry["score_mean"],
-        }
         runner.visualizer.add_scalars(
-            {key: value for key, value in scalars.items() if value is not None},
+            pruner.scalars(),
             # Within an iteration the host counts it as done: steps must never go back.
             step=runner.iter + (self._pacer is None),
         )
@@ -564,16 +558,12 @@ class InfoBatchHook(Hook):
     @master_only
     def _write_summary(self, runner: Any) -> None:
         assert self._pruner is not None
-        summary = self._pruner.summary()
-        per_pass = summary.pop("per_pass")
-        iterations = dict(
+        summary = self._pruner.summary(
             iterations=getattr(runner.train_loop, "_iter", 0),
             iterations_full=self._pruner.schedule.total_steps,
             wall_time_s=round(self._wall_time(), 3),
         )
-        _warn_on_failure(
-            runner, lambda: write_summary(runner.work_dir, {**summary, **iterations, "per_pass": per_pass})
-        )
+        _warn_on_failure(runner, lambda: write_summary(runner.work_dir, summary))
 
     @master_only
     def _write_scores(self, runner: Any) -> None:

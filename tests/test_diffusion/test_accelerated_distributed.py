@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
+from launching import accelerate_launch
+
 from .toy import SCHEDULERS, Run, forget_accelerators
 from .two_processes import CUTS, LEFT_AT, PASSES, RESUMED, SAVED_AT, SIZES, TRAININGS
 
@@ -25,10 +27,7 @@ pytestmark = pytest.mark.dist
 
 #: Losses, scores and parameters of a training on two processes and on one.
 TOLERANCE = 1e-5
-LAUNCH = [
-    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-]
+LAUNCH = accelerate_launch()
 #: What each of two processes sees of a full pass in the data set's order, step by step.
 IN_ORDER: dict[tuple[str, int], tuple[list[list[int]], list[list[int]]]] = {
     ("default", 12): ([[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 11]]),

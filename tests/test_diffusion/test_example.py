@@ -58,10 +58,6 @@ UNET = {
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
 }
-LAUNCH = [
-    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-]
 
 
 # ---- the script and the script without us -----------------------------------------------------------------
@@ -235,7 +231,9 @@ def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(pictures: Path,
 
 @pytest.mark.dist
 def test_killed_on_two_processes_it_goes_on_with_the_same_samples_on_one(pictures: Path, tmp_path: Path):
-    launch(tmp_path, *where(pictures, tmp_path), kill_at=KILL_AT, launcher=LAUNCH)
+    from launching import accelerate_launch  # the processes that run this file do not find it
+
+    launch(tmp_path, *where(pictures, tmp_path), kill_at=KILL_AT, launcher=accelerate_launch())
     begun = [told(tmp_path, rank) for rank in range(2)]
     saved, visited = steps_saved(tmp_path)
     assert [len(steps) for steps in begun] == [KILL_AT] * 2 and saved < KILL_AT - 1 and visited

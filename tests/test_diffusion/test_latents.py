@@ -20,8 +20,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("torchvision")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, VQModel
+from launching import forget_accelerators
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -36,8 +36,7 @@ IMAGES = 7
 @pytest.fixture(autouse=True)
 def no_accelerator_of_the_test_before() -> Iterator[None]:
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerators()
 
 
 def draw(folder: Path, count: int = IMAGES, width: int = 8, height: int = 8) -> Path:

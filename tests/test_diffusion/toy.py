@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers.optimization import get_scheduler
+from launching import forget_accelerators
 from torch import Tensor
 from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Dataset
@@ -159,13 +159,6 @@ class Run:
     @property
     def parameters(self) -> list[float]:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()]).tolist()
-
-
-def forget_accelerators() -> None:
-    """Have the next ``Accelerator`` be as the first; processes that met stay together."""
-    together = PartialState._shared_state and PartialState().num_processes > 1
-    AcceleratorState._reset_state(reset_partial_state=not together)
-    GradientState._reset_state()
 
 
 def build_scheduler(setup: Setup, optimizer: Any, accelerator: Accelerator, loader: DataLoader) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ pytest.importorskip("diffusers")
 pytest.importorskip("torchvision")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, VQModel
+from launching import accelerate_launch, forget_accelerators
 from PIL import Image
 
 from infobatch_mm.diffusion.first_stage import fingerprint, latent_shape, load_first_stage, moments
@@ -42,8 +41,7 @@ TINY = dict(
 
 
 def forget() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerators()
 
 
 @pytest.fixture(autouse=True)
@@ -328,14 +326,15 @@ def test_two_processes_train_one_model(tool: ModuleType, pictures: Path, tmp_pat
         "models[0].register_to_config(scaling_factor=1.0)\n"
         f"open({str(tmp_path)!r} + '/weights.' + os.environ['RANK'], 'w').write(fingerprint(models[0]))\n"
     )
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
     argv = [*flags(pictures, tmp_path / "vae", train_batch_size=4, max_train_steps=24), "--cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script), *argv], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *accelerate_launch(), str(script), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     saved = load_first_stage(str(tmp_path / "vae"))
     assert saved.config.scaling_factor != 1.0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,8 +24,8 @@ pytest.importorskip("torchvision")
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import LDMPipeline, UNet2DModel, VQModel
+from launching import accelerate_launch, forget_accelerators
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +51,7 @@ def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in TOOLS:
         sys.modules.pop(name, None)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerators()
 
 
 @pytest.fixture
@@ -193,8 +190,7 @@ def test_weights_of_one_give_the_losses_of_a_loop_without_us(
 ) -> None:
     steps = recorded(train_ldm, monkeypatch, flags(material, tmp_path, policy="none"))
     # the same training by hand: accelerate's order, the batch mean
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerators()
     config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
     accelerator = Accelerator(cpu=True, dataloader_config=config)
     args = train_ldm.parse_options(flags(material, tmp_path / "unused"))
@@ -280,8 +276,7 @@ def test_every_position_is_one_to_resume_from(
     weights = unet_weights(tmp_path)
     for checkpoint in train_ldm.checkpoints(tmp_path)[1:]:
         shutil.rmtree(checkpoint)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerators()
     rest = recorded(
         train_ldm, monkeypatch, flags(material, tmp_path, checkpointing_steps=1000, resume_from_checkpoint="latest")
     )
@@ -343,14 +338,10 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
         **options,
     }
     one = start(flags(material, tmp_path / "one", train_batch_size=4, **options))
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
     two = subprocess.run(
         [
-            *launcher,
+            sys.executable,
+            *accelerate_launch(),
             str(ROOT / "tools/train_ldm.py"),
             *flags(material, tmp_path / "two", train_batch_size=2, **options),
         ],
@@ -428,8 +419,7 @@ def test_what_is_needed_is_asked_for(train_ldm: ModuleType, capsys: pytest.Captu
 
 
 def refusal(train_ldm: ModuleType, argv: list[str]) -> str:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerators()
     with pytest.raises(ValueError) as caught:
         train_ldm.train(train_ldm.parse_options(argv))
     return str(caught.value)
@@ -526,8 +516,7 @@ def test_the_comparison_trains_twins_and_controls(
     calls: list[list[str]] = []
 
     def in_this_process(command: list[str], check: bool) -> None:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._shared_state.clear()
+        forget_accelerators()
         calls.append(command[2:])
         train_ldm.main(command[2:])
 

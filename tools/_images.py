@@ -1,0 +1,33 @@
+"""The images that a diffusion tool trains on, as its options name them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, resolution: int) -> Any:
+    """Options that name images, with a default resolution; returns their group."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data_dir", help="folder of images, at any depth")
+    data.add_argument("--dataset_name", help="instead: a data set of the hub, or a folder that `datasets` loads")
+    data.add_argument("--dataset_config_name", help="configuration of the data set of the hub")
+    data.add_argument("--cache_dir", help="where downloads of `datasets` are kept")
+    data.add_argument("--resolution", type=int, default=resolution, help="width and height of the images in pixels")
+    yes_or_no = argparse.BooleanOptionalAction
+    data.add_argument(
+        "--center_crop", action=yes_or_no, default=False, help="take the middle of each image, not a random part"
+    )
+    data.add_argument("--random_flip", action=yes_or_no, default=False, help="mirror half of the visits")
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="worker processes that read images")
+    return data
+
+
+def open_images(args: argparse.Namespace) -> Images:
+    """The images that :func:`add_data_arguments`' options name."""
+    how = (args.resolution, args.center_crop, args.random_flip)
+    if args.train_data_dir is not None:
+        return ImageFolder(args.train_data_dir, *how)
+    return HubImages(args.dataset_name, *how, config=args.dataset_config_name, cache_dir=args.cache_dir)
