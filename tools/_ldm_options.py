@@ -12,6 +12,7 @@ import yaml
 from _images import add_data_arguments
 from diffusers.optimization import SchedulerType
 
+from infobatch_mm.core.scores import SCORES
 from infobatch_mm.diffusion.denoising import PREDICTION_TYPES
 
 
@@ -84,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--prune_ratio", type=float, default=0.5, help="chance that a well-learned image is skipped")
     pruning.add_argument("--delta", type=float, default=0.875, help="share of the training after which none is skipped")
     pruning.add_argument("--policy", default="infobatch", help="infobatch, random, or none for the unpruned training")
-    pruning.add_argument("--score_ema", type=float, default=0.0, help="decay of the score's average over visits")
+    pruning.add_argument("--prune_quantile", type=float, help="share that is well learned; else those below the mean")
+    pruning.add_argument("--score", choices=SCORES, default="raw", help="what images are ranked by")
+    pruning.add_argument("--score_ema", type=float, help="decay of the score's average; 0.9 for ema and timestep")
 
     output = parser.add_argument_group("output")
     output.add_argument("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")

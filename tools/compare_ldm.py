@@ -1,7 +1,7 @@
 """Train a latent-diffusion model without and with InfoBatch, and compare.
 
 python tools/compare_ldm.py configs/ldm/FULL.yaml configs/ldm/PRUNED.yaml --work_dir DIR [--seeds 0 1] [--shortened]
-    [--random] -- --train_data_dir DIR --vae DIR --eval_data_dir DIR ...
+    [--random] [--scores raw ema timestep] -- --train_data_dir DIR --vae DIR --eval_data_dir DIR ...
 
 What stands after -- goes to every run of train_ldm.py. Each run is kept below DIR, and not trained again where it is
 done; the encoded images are shared. DIR/comparison.json holds the numbers, DIR/samples.png the samples of all arms.
@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from infobatch_mm.core import EpochSchedule
+from infobatch_mm.core.scores import SCORES
 from infobatch_mm.core.summary import differences
 
 METRIC = "held_out_loss"
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm for each of them")
     parser.add_argument("--shortened", action="store_true", help="control: the unpruned run, as many visits as pruned")
     parser.add_argument("--random", action="store_true", help="control: pruned at random, as many visits as pruned")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, help="one pruned arm for each of these scores")
     args, options = parser.parse_args(given[:cut]), given[cut + 1 :]
 
     seeds: dict[int, Rows] = {}
@@ -62,9 +64,11 @@ def train_arms(args: argparse.Namespace, seed: int, options: list[str]) -> Rows:
     root = args.work_dir / f"seed-{seed}"
     shared = ["--latents_dir", str(args.work_dir / "latents")]
     rows = {}
-    for name, recipe in (("baseline", args.full), ("infobatch", args.pruned)):
-        rows[name] = run(root / name, ["--config", recipe, *shared, *options])
-    summary = read_summary(root / "infobatch")
+    rows["baseline"] = run(root / "baseline", ["--config", args.full, *shared, *options])
+    pruned = {score: ["--score", score] for score in args.scores or ()} or {"infobatch": []}
+    for name, flags in pruned.items():
+        rows[name] = run(root / name, ["--config", args.pruned, *shared, *options, *flags])
+    summary = read_summary(root / next(iter(pruned)))  # the controls make as many visits as the first pruned arm
     assert summary is not None
     if args.shortened:
         epochs = max(1, round(summary["samples_seen"] / summary["num_samples"]))

@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from infobatch_mm.core import build_policy
-from infobatch_mm.core.scores import check_score_ema
+from infobatch_mm.core.scores import resolve_score
 from infobatch_mm.core.summary import differences
 from infobatch_mm.diffusion import AcceleratedInfoBatch
-from infobatch_mm.diffusion.denoising import Denoising, Draws, draw, held_out_loss
+from infobatch_mm.diffusion.denoising import Denoising, Draws, draw, held_out_loss, log_snr
 from infobatch_mm.diffusion.first_stage import check_fits, fingerprint, latent_shape, load_first_stage, moments
 from infobatch_mm.diffusion.images import ImageFolder, Images, check_images, fingerprint_images
 from infobatch_mm.diffusion.latents import CachedLatents, cache_latents
@@ -73,8 +73,8 @@ def train(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     # What is out of range is refused before anything is read.
-    build_policy(args.policy, args.prune_ratio, args.delta)
-    check_score_ema(args.score_ema)
+    policy = build_policy(args.policy, args.prune_ratio, args.delta, args.prune_quantile)
+    resolve_score(args.score, args.score_ema)
     noise_scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
@@ -150,11 +150,10 @@ def train(args: argparse.Namespace) -> None:
         accelerator,
         loader,
         args.num_epochs,
-        args.prune_ratio,
-        args.delta,
-        policy=args.policy,
+        policy=policy,
         seed=args.seed,
         item_seed=True,
+        score=args.score,
         score_ema=args.score_ema,
         fingerprint=seen,
     )
@@ -188,7 +187,7 @@ def train(args: argparse.Namespace) -> None:
             noise, timesteps = drawn.noise.to(latents.device), drawn.timesteps.to(latents.device)
             with accelerator.accumulate(unet):
                 losses, scores = denoising.losses(predictor(unet), latents, noise, timesteps)
-                accelerator.backward(infobatch.weigh(losses, scores))
+                accelerator.backward(infobatch.weigh(losses, scores, log_snr=log_snr(noise_scheduler, timesteps)))
                 if accelerator.sync_gradients and args.max_grad_norm:
                     accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
                 optimizer.step()

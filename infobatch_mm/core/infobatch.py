@@ -42,9 +42,12 @@ class InfoBatch:
         shuffle (bool): Whether passes are in random order. Defaults to True.
         item_seed (bool): Whether the items of :meth:`attach` are read under a seed of their own, made of seed,
             pass and position in the pass, so that augmentations repeat after a resume. Defaults to False.
-        score_ema (float): Decay of the average over a sample's visits that is its score, in [0, 1); for losses that
-            depend on a random mask, crop or timestep, with any policy; see :class:`.ScoreStore`. Defaults to 0:
-            the last loss, as in the paper.
+        score (str, optional): What samples are ranked by, with any policy: ``'raw'``, their last loss, as in the
+            paper; ``'ema'``, the average over their visits, for losses that depend on a random mask, crop or timestep;
+            ``'timestep'``, that of losses over the mean loss at their noise level, for diffusion models, which needs
+            the ``log_snr`` of :meth:`weigh`. See :class:`.ScoreStore`. Defaults to ``'raw'``, or ``'ema'`` where
+            ``score_ema`` is given.
+        score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
 
     Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its
     share of each pass.
@@ -75,7 +78,8 @@ class InfoBatch:
         batch_size: int | None = None,
         shuffle: bool = True,
         item_seed: bool = False,
-        score_ema: float = 0.0,
+        score: str | None = None,
+        score_ema: float | None = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
@@ -92,7 +96,7 @@ class InfoBatch:
         chosen = build_policy(policy, prune_ratio, delta)
         # Without a batch size the kept count need only divide among the processes.
         schedule = EpochSchedule(num_samples, num_epochs, batch_size=batch_size or world)
-        self._pruner = Pruner(schedule, chosen, seed, shuffle, item_seed=item_seed, score_ema=score_ema)
+        self._pruner = Pruner(schedule, chosen, seed, shuffle, item_seed=item_seed, score_ema=score_ema, score=score)
         require_equal(
             num_samples=num_samples,
             num_epochs=num_epochs,
@@ -101,7 +105,8 @@ class InfoBatch:
             batch_size=batch_size,
             shuffle=shuffle,
             item_seed=item_seed,
-            score_ema=score_ema,
+            score=self._pruner.store.score,
+            score_ema=self._pruner.store.score_ema,
         )
         self._sampler = _WalkSampler(self._pruner, rank(), world)
 
@@ -128,7 +133,9 @@ class InfoBatch:
         """The sampler to give to the ``DataLoader``; each walk is one pass."""
         return self._sampler
 
-    def weigh(self, losses: Tensor, index: Tensor | np.ndarray | Sequence[int]) -> Tensor:
+    def weigh(
+        self, losses: Tensor, index: Tensor | np.ndarray | Sequence[int], log_snr: Tensor | None = None
+    ) -> Tensor:
         """Weigh the losses of a batch and record them as scores.
 
         Args:
@@ -136,13 +143,16 @@ class InfoBatch:
                 criterion with ``reduction='none'``. Left untouched.
             index (Tensor | ndarray | Sequence[int]): Their sample indices, shape ``(B,)``, as
                 :meth:`attach` delivered them.
+            log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
+                shape ``(B,)``; needed for ``score='timestep'``, not looked at otherwise.
 
         Returns:
             Tensor: Scalar ``mean(weight * loss)``, to call ``backward()`` on. NaN and infinite losses are
             not recorded as scores.
 
         Raises:
-            ValueError: If the shapes do not fit or an index is not part of the current pass.
+            ValueError: If the shapes do not fit, an index is not part of the current pass, or ``log_snr`` is needed and
+                missing.
         """
         if losses.dim() != 1:
             raise ValueError(
@@ -156,7 +166,7 @@ class InfoBatch:
             )
         if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
             raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
-        return self._sampler.weigh(losses, index.to(torch.int64))
+        return self._sampler.weigh(losses, index.to(torch.int64), log_snr)
 
     def merge(self) -> None:
         """Exchange the scores of this pass among processes, before a checkpoint; every process must call it.
@@ -242,7 +252,7 @@ class _WalkSampler(PlanSampler):
             return False
         return len(pruner.begin_pass()) - pruner.visited < self._last_batch
 
-    def weigh(self, losses: Tensor, index: Tensor) -> Tensor:
+    def weigh(self, losses: Tensor, index: Tensor, log_snr: Tensor | None = None) -> Tensor:
         """Weigh and record one batch; see :meth:`InfoBatch.weigh`."""
         pruner, batch = self.pruner, len(index)
         unweighted = losses
@@ -253,7 +263,7 @@ class _WalkSampler(PlanSampler):
             real = torch.where(padding, -1 - index, index)
             losses = torch.where(padding.to(losses.device), 0.0, losses)  # a weight of 0 would keep a NaN
         weighted = (pruner.weights(real).to(losses.device) * losses).mean() * self._tail_scale(batch)
-        pruner.record(index, unweighted)
+        pruner.record(index, unweighted, log_snr=log_snr)
         fresh = batch
         if index.device.type == "cpu":  # elsewhere a look would make the step wait
             # A second loss of the same batch (as some optimisers need) is no second visit.

@@ -103,6 +103,9 @@ class InfoBatchPolicy(AnnealedPolicy):
     Args:
         prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
         delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+        quantile (float, optional): Share of the seen samples, in (0, 1], that count as well learned: those with the
+            lowest scores. A pass then saves ``quantile * prune_ratio`` of its visits, however scores are distributed,
+            which makes scores comparable. Defaults to None: those below the mean, as in the paper.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -110,9 +113,24 @@ class InfoBatchPolicy(AnnealedPolicy):
 
     name = "infobatch"
 
+    def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875, quantile: float | None = None) -> None:
+        super().__init__(prune_ratio, delta)
+        if quantile is not None and (not is_number(quantile) or not 0 < quantile <= 1):
+            raise ValueError(
+                f"quantile={quantile!r} is outside (0, 1]: it is the share of the samples that count as well learned; "
+                "leave it out for those below the mean score"
+            )
+        self.quantile = None if quantile is None else float(quantile)
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **({} if self.quantile is None else {"quantile": self.quantile})}
+
     def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         if self.prune_ratio == 0 or not seen.any():
             return None
+        if self.quantile is not None:
+            candidates, threshold = _lowest(scores, seen, self.quantile)
+            return self._thinned(candidates, generator, multiple_of, threshold)
         threshold = float(np.mean(scores.numpy(), where=seen.numpy(), dtype=np.float64))
         return self._thinned((scores < threshold) & seen, generator, multiple_of, threshold)
 
@@ -151,6 +169,19 @@ class NoPruning(PruningPolicy):
         return None
 
 
+def _lowest(scores: Tensor, seen: Tensor, quantile: float) -> tuple[Tensor, float | None]:
+    """Which samples are the given share of the seen ones with the lowest scores, and the lowest score above them."""
+    where = np.flatnonzero(seen.numpy())
+    count = round(quantile * len(where))
+    candidates = torch.zeros_like(seen)
+    if count == len(where):
+        candidates.copy_(seen)
+        return candidates, None
+    order = np.argpartition(scores.numpy()[where], count)  # exactly so many, also of equal scores
+    candidates.numpy()[where[order[:count]]] = True
+    return candidates, float(scores[where[order[count]]])
+
+
 def kept_count(num_candidates: int, num_others: int, prune_ratio: float, multiple_of: int) -> int:
     """How many of the candidates to keep: near ``(1 - r) * n``, and such that the visits divide.
 
@@ -174,7 +205,10 @@ _POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy
 
 
 def build_policy(
-    policy: str | PruningPolicy = InfoBatchPolicy.name, prune_ratio: float = 0.5, delta: float = 0.875
+    policy: str | PruningPolicy = InfoBatchPolicy.name,
+    prune_ratio: float = 0.5,
+    delta: float = 0.875,
+    quantile: float | None = None,
 ) -> PruningPolicy:
     """Turn the user's choice into a policy.
 
@@ -183,6 +217,7 @@ def build_policy(
             Defaults to ``'infobatch'``.
         prune_ratio (float): r in [0, 1); see :class:`AnnealedPolicy`. Defaults to 0.5.
         delta (float): In (0, 1]; see :class:`AnnealedPolicy`. Defaults to 0.875.
+        quantile (float, optional): Of ``'infobatch'``; see :class:`InfoBatchPolicy`. Not looked at by the others.
 
     Returns:
         PruningPolicy: The policy.
@@ -190,9 +225,11 @@ def build_policy(
     Raises:
         ValueError: For an unknown name or an argument out of range.
     """
-    checked = InfoBatchPolicy(prune_ratio, delta)  # arguments out of range are refused whatever the policy
+    checked = InfoBatchPolicy(prune_ratio, delta, quantile)  # arguments out of range are refused whatever the policy
     if isinstance(policy, PruningPolicy):
         return policy
+    if policy == checked.name:
+        return checked
     if not isinstance(policy, str) or policy not in _POLICIES:
         raise ValueError(f"unknown policy {policy!r}: choose one of {sorted(_POLICIES)} or pass a PruningPolicy")
     chosen = _POLICIES[policy]

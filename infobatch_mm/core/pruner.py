@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import rng
+from . import noise_levels, rng
 from .plan import Plan, full_plan
 from .policies import PruningPolicy
 from .schedule import Schedule
 from .scores import ScoreStore
 
-#: 2 where scores are averages, which version 1 does not know of.
-STATE_VERSION = 2
+#: 2 where scores are averages, 3 where they are by noise level, which the versions before do not know of.
+STATE_VERSION = 3
 
 #: What :meth:`Pruner.state_dict` holds, so that checking a state copies none.
 _STATE_KEYS = (
@@ -46,7 +46,8 @@ class Pruner:
         fingerprint (str): Identifies the data set beyond its length; compared on resume.
         item_seed (bool): Whether samplers hand out a seed with each index, made of run, pass and position,
             so that augmentations repeat after a resume. Defaults to False.
-        score_ema (float): Decay of the average that is a sample's score; see :class:`.ScoreStore`. Defaults to 0.
+        score_ema (float, optional): Decay of the average that is a sample's score; see :class:`.ScoreStore`.
+        score (str, optional): What samples are ranked by; see :class:`.ScoreStore`. Defaults to their last loss.
 
     Attributes:
         store (ScoreStore): The scores.
@@ -68,7 +69,8 @@ class Pruner:
         shuffle: bool = True,
         fingerprint: str = "",
         item_seed: bool = False,
-        score_ema: float = 0.0,
+        score_ema: float | None = None,
+        score: str | None = None,
     ) -> None:
         self.schedule = schedule
         self.policy = policy
@@ -78,7 +80,7 @@ class Pruner:
         self.shuffle = shuffle
         self.fingerprint = fingerprint
         self.item_seed = item_seed
-        self.store = ScoreStore(schedule.num_samples, score_ema)
+        self.store = ScoreStore(schedule.num_samples, score_ema, score)
         self.plan: Plan | None = None
         self.pass_index = 0
         self.visited = 0
@@ -144,9 +146,11 @@ class Pruner:
             )
         return weights
 
-    def record(self, indices: Tensor, losses: Tensor, valid: Tensor | None = None) -> None:
+    def record(
+        self, indices: Tensor, losses: Tensor, valid: Tensor | None = None, log_snr: Tensor | None = None
+    ) -> None:
         """Take unweighted per-sample losses as scores; see :meth:`ScoreStore.record`."""
-        self.store.record(indices, losses, valid)
+        self.store.record(indices, losses, valid, log_snr)
 
     def advance(self, visits: int) -> None:
         """Count visits of the plan in flight, over all processes."""
@@ -173,6 +177,7 @@ class Pruner:
         Every process must call it. Returns the entry of :attr:`history`.
         """
         self.store.merge()
+        self.store.settle()
         kept = self.visited if self.plan is None else min(self.visited, len(self.plan))
         entry = {
             "pass": self.pass_index,
@@ -269,6 +274,7 @@ class Pruner:
         total = self.schedule.total_samples / self.schedule.num_samples
         return {
             **settings,
+            "score": self.store.score,
             "score_ema": self.store.score_ema,
             "num_samples": self.schedule.num_samples,
             "passes_done": self.pass_index,
@@ -293,10 +299,11 @@ class Pruner:
         """
         plan = self.plan
         return {
-            "version": STATE_VERSION if self.store.score_ema else 1,
+            "version": 3 if self.store.score == "timestep" else 2 if self.store.score_ema else 1,
             "num_samples": self.schedule.num_samples,
             "fingerprint": self.fingerprint,
             "settings": self.policy.settings(),
+            "score": self.store.score,
             "score_ema": self.store.score_ema,
             "batch_size": self.schedule.batch_size,
             "schedule": {**self.schedule.settings(), "pass_samples": self.schedule.full_visits(self.pass_index)},
@@ -357,9 +364,11 @@ class Pruner:
                 f"{state['fingerprint']!r}, this data set has {self.fingerprint!r}); resume with the data set it was "
                 "trained on"
             )
-        # States of earlier versions have no average.
-        before = {**state["settings"], "score_ema": state.get("score_ema", 0.0)}
-        settings = {**self.policy.settings(), "score_ema": self.store.score_ema}
+        # States of earlier versions have no average, or one of losses only.
+        average = state.get("score_ema", 0.0)
+        score = state.get("score", "ema" if average else "raw")
+        before = {**state["settings"], "score": score, "score_ema": average}
+        settings = {**self.policy.settings(), "score": self.store.score, "score_ema": self.store.score_ema}
         if before != settings:
             raise ValueError(
                 f"cannot resume: the checkpoint was pruned with {before}, this run has {settings}; "
@@ -371,6 +380,8 @@ class Pruner:
                 raise damaged(key)
         if not bool(torch.isfinite(state["scores"]).all()):
             raise damaged("scores")
+        if score == "timestep" and not noise_levels.fits(state.get("noise_levels"), self.schedule.num_samples):
+            raise damaged("noise_levels")
         if state["plan"] is not None:
             _check_plan(state["plan"], self.schedule.num_samples)
         if not isinstance(state["history"], list) or len(state["history"]) > state["pass_index"]:

@@ -1,4 +1,4 @@
-"""The score of every sample: its last per-sample loss, or an average of its last ones, and whether it has one."""
+"""The score of every sample: its last per-sample loss, or an average over its visits, and whether it has one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from .distributed import all_gather_ragged, world_size
+from .noise_levels import NoiseLevels
+
+#: What a sample is ranked by; see :class:`ScoreStore`.
+SCORES = ("raw", "ema", "timestep")
+#: Decay of the average where nothing else is said: about ten visits, as a diffusion loss needs.
+DEFAULT_EMA = 0.9
 
 # Pending records are moved to the store in blocks of this many batches, so that a step never waits
 # for the device and the list of pending tensors stays short.
@@ -27,12 +33,18 @@ class ScoreStore:
 
     Args:
         num_samples (int): Size of the data set, at least 1.
-        score_ema (float): Decay a of the average over a sample's visits, in [0, 1): its loss of k visits ago counts
-            a**k, and the score is the weighted mean, an exponential moving average with the correction of its
+        score_ema (float, optional): Decay a of the average over a sample's visits, in [0, 1): its loss of k visits ago
+            counts a**k, and the score is the weighted mean, an exponential moving average with the correction of its
             beginning (Kingma and Ba, 2015, section 3). Where the loss depends on a random mask, crop or timestep,
-            that ranks samples better than one draw does. Defaults to 0: the last loss.
+            that ranks samples better than one draw does. Defaults to None: 0.9 for the scores that are averages.
+        score (str, optional): ``'raw'``, the last loss, as in the paper; ``'ema'``, the average of losses;
+            ``'timestep'``, the average of losses that are divided by the mean of their noise level
+            (:class:`.NoiseLevels`), for diffusion models: these become scores when :meth:`settle` ends a pass.
+            Defaults to None: ``'ema'`` where ``score_ema`` is given and not 0, else ``'raw'``.
 
     Attributes:
+        score (str): As above.
+        score_ema (float): As above; 0 where the last loss counts alone.
         values (Tensor): Score of each sample, shape ``(num_samples,)``, float32; 0 where unseen.
         seen (Tensor): Whether a sample has a score, shape ``(num_samples,)``, bool.
         times_seen (Tensor): How often a score was recorded, shape ``(num_samples,)``, int32.
@@ -40,25 +52,27 @@ class ScoreStore:
         num_invalid (int): Visits without a valid pixel, or of a replaced sample; never recorded.
 
     Raises:
-        ValueError: If ``num_samples`` is smaller than 1, or ``score_ema`` out of its range.
+        ValueError: If ``num_samples`` is smaller than 1, or the score none of these.
     """
 
-    def __init__(self, num_samples: int, score_ema: float = 0.0) -> None:
+    def __init__(self, num_samples: int, score_ema: float | None = None, score: str | None = None) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
-        check_score_ema(score_ema)
-        self.score_ema = float(score_ema)
+        self.score, self.score_ema = resolve_score(score, score_ema)
         self.num_samples = int(num_samples)
         self.values = torch.zeros(num_samples, dtype=torch.float32)
         self.seen = torch.zeros(num_samples, dtype=torch.bool)
         self.times_seen = torch.zeros(num_samples, dtype=torch.int32)
         self.num_nonfinite = 0
         self.num_invalid = 0
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._unmerged: list[_Records] = []
+        self._levels = NoiseLevels() if self.score == "timestep" else None
         self._uncounted = torch.zeros(2, dtype=torch.int64)  # counts that the other ranks do not know yet
 
-    def record(self, indices: Tensor, losses: Tensor, valid: Tensor | None = None) -> None:
+    def record(
+        self, indices: Tensor, losses: Tensor, valid: Tensor | None = None, log_snr: Tensor | None = None
+    ) -> None:
         """Take the losses of one batch as the new scores of its samples.
 
         Args:
@@ -67,10 +81,18 @@ class ScoreStore:
             losses (Tensor): Unweighted per-sample losses, shape ``(B,)``, on any device. Detached and
                 copied, as the other arguments are; the inputs are left alone.
             valid (Tensor, optional): Which of them are to be recorded at all, shape ``(B,)``, bool.
+            log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
+                shape ``(B,)``; needed where ``score='timestep'``, not looked at elsewhere.
+
+        Raises:
+            ValueError: If it is needed and missing, or of another shape.
         """
         losses = losses.detach().to(torch.float32, copy=True)
         valid = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid.clone()
-        self._pending.append((indices.clone(), losses, valid))
+        level = losses
+        if self._levels is not None:
+            level = _checked_level(log_snr, losses)
+        self._pending.append((indices.clone(), losses, valid, level))
         if len(self._pending) >= _FLUSH_EVERY:
             self.flush()
 
@@ -78,15 +100,21 @@ class ScoreStore:
         """Move all pending records into the store; the only place that waits for the device."""
         if not self._pending:
             return
-        index_list, loss_list, valid_list = zip(*self._pending, strict=True)
+        index_list, loss_list, valid_list, level_list = zip(*self._pending, strict=True)
         self._pending = []
         indices = _join(index_list).to(torch.int64)
         losses = _join(loss_list)
         valid = _join(valid_list)
         real, finite = indices >= 0, torch.isfinite(losses)
+        if self._levels is not None:
+            levels = _join(level_list)
+            finite &= ~levels.isnan()
         self._count(nonfinite=int((real & valid & ~finite).sum()), invalid=int((real & ~valid).sum()))
         usable = real & valid & finite
         indices, losses = indices[usable], losses[usable]
+        if self._levels is not None:
+            self._levels.hold(indices, losses, levels[usable])
+            return
         if world_size() > 1:
             self._unmerged.append(_Records(indices, losses, self._held(indices)))
         self._write(indices, losses)
@@ -105,20 +133,29 @@ class ScoreStore:
         self.flush()
         if world_size() == 1:
             return
+        counts = torch.stack(all_gather_ragged(self._uncounted)).sum(0) - self._uncounted
+        self.num_nonfinite += int(counts[0])
+        self.num_invalid += int(counts[1])
+        self._uncounted.zero_()
+        if self._levels is not None:
+            self._levels.merge()
+            return
         indices = torch.cat([each.indices for each in self._unmerged] or [torch.empty(0, dtype=torch.int64)])
         losses = torch.cat([each.losses for each in self._unmerged] or [torch.empty(0, dtype=torch.float32)])
         # Our own records are written already: take them back and write all ranks' in rank order, so that a
         # sample visited on two ranks ends with the same score everywhere.
         while self._unmerged:
             self._take_back(self._unmerged.pop())
-        counts = torch.stack(all_gather_ragged(self._uncounted)).sum(0) - self._uncounted
-        self.num_nonfinite += int(counts[0])
-        self.num_invalid += int(counts[1])
-        self._uncounted.zero_()
         gathered_indices = all_gather_ragged(indices)
         gathered_losses = all_gather_ragged(losses)
         for rank_indices, rank_losses in zip(gathered_indices, gathered_losses, strict=True):
             self._write(rank_indices, rank_losses)
+
+    def settle(self) -> None:
+        """End a pass, after a merge: what had to wait for the means of its noise levels becomes scores."""
+        self.flush()
+        if self._levels is not None:
+            self._write(*self._levels.settle())
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, seen mask, visits and counters: plain tensors and numbers."""
@@ -130,6 +167,7 @@ class ScoreStore:
             "num_nonfinite": self.num_nonfinite,
             "num_invalid": self.num_invalid,
             "unmerged": self.unmerged,
+            **({} if self._levels is None else {"noise_levels": self._levels.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -141,11 +179,13 @@ class ScoreStore:
         self.times_seen.copy_(state["times_seen"])
         self.num_nonfinite = int(state["num_nonfinite"])
         self.num_invalid = int(state["num_invalid"])
+        if self._levels is not None:
+            self._levels.load_state_dict(state["noise_levels"])
 
     @property
     def unmerged(self) -> bool:
         """Whether this rank holds records that the other ranks have not seen yet."""
-        return bool(self._unmerged)
+        return bool(self._unmerged) or (self._levels is not None and self._levels.unmerged)
 
     def _write(self, indices: Tensor, losses: Tensor) -> None:
         if self.score_ema:
@@ -192,6 +232,49 @@ def _join(tensors: tuple[Tensor, ...]) -> Tensor:
     if len({t.device for t in tensors}) > 1:
         return torch.cat([t.cpu() for t in tensors])
     return torch.cat(tensors).cpu()
+
+
+def _checked_level(log_snr: Tensor | None, losses: Tensor) -> Tensor:
+    if log_snr is None:
+        raise ValueError(
+            "score='timestep' needs the noise level of each sample: pass log_snr, the logarithm of its signal-to-noise "
+            "ratio, with the losses, or use score='raw' or 'ema'"
+        )
+    if log_snr.shape != losses.shape:
+        raise ValueError(
+            f"{losses.numel()} losses but log_snr of shape {tuple(log_snr.shape)}: one noise level for each sample is "
+            "needed"
+        )
+    return log_snr.detach().to(torch.float32, copy=True)
+
+
+def resolve_score(score: str | None = None, score_ema: float | None = None) -> tuple[str, float]:
+    """What samples are ranked by, and the decay of its average.
+
+    Args:
+        score (str, optional): ``'raw'``, ``'ema'`` or ``'timestep'``. Defaults to None: as the decay says.
+        score_ema (float, optional): In [0, 1). Defaults to None: as the score says.
+
+    Returns:
+        tuple[str, float]: Both, as :class:`ScoreStore` describes them.
+
+    Raises:
+        ValueError: If one is out of its range, or they contradict each other.
+    """
+    if score_ema is not None:
+        check_score_ema(score_ema)
+    if score is None:
+        score = "ema" if score_ema else "raw"
+    if score not in SCORES:
+        raise ValueError(f"unknown score {score!r}: choose one of {SCORES}")
+    if score_ema is None:
+        score_ema = 0.0 if score == "raw" else DEFAULT_EMA
+    if (score == "raw" and score_ema) or (score == "ema" and not score_ema):
+        raise ValueError(
+            f"score={score!r} and score_ema={score_ema!r} contradict each other: 'raw' is the last loss (0), 'ema' an "
+            "average over visits (above 0)"
+        )
+    return score, float(score_ema)
 
 
 def check_score_ema(score_ema: float) -> None:

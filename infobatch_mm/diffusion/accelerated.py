@@ -51,9 +51,11 @@ class AcceleratedInfoBatch:
         seed (int): Seed of the draws, the same on every process. Defaults to 0.
         item_seed (bool): Whether items are read under a seed made of seed, pass and position, so that augmentations
             repeat after a resume. Defaults to False.
-        score_ema (float): Decay of the average over a sample's visits that is its score, in [0, 1); a denoising loss
-            depends on its random timestep, and one of them says little. See :class:`.ScoreStore`. Defaults to 0: the
-            last loss, as in the paper.
+        score (str, optional): What samples are ranked by: ``'raw'``, their last loss, as in the paper; ``'ema'``, the
+            average over their visits; ``'timestep'``, that of losses over the mean loss at their noise level, which
+            needs the ``log_snr`` of :meth:`weigh`: a denoising loss depends on its random timestep first of all. See
+            :class:`.ScoreStore`. Defaults to ``'raw'``, or ``'ema'`` where ``score_ema`` is given.
+        score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
         fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
 
     Raises:
@@ -88,7 +90,8 @@ class AcceleratedInfoBatch:
         policy: str | PruningPolicy = "infobatch",
         seed: int = 0,
         item_seed: bool = False,
-        score_ema: float = 0.0,
+        score: str | None = None,
+        score_ema: float | None = None,
         fingerprint: str = "",
     ) -> None:
         _check_accelerator(accelerator)
@@ -111,14 +114,15 @@ class AcceleratedInfoBatch:
         schedule = EpochSchedule(
             num_samples, num_epochs, self._geometry.batch_size, self._geometry.epoch_batches, self._pass_updates
         )
-        self._pruner = Pruner(schedule, chosen, seed, self._geometry.shuffle, fingerprint, item_seed, score_ema)
+        self._pruner = Pruner(schedule, chosen, seed, self._geometry.shuffle, fingerprint, item_seed, score_ema, score)
         require_equal(
             num_samples=num_samples,
             num_epochs=num_epochs,
             **chosen.settings(),
             seed=seed,
             item_seed=item_seed,
-            score_ema=score_ema,
+            score=self._pruner.store.score,
+            score_ema=self._pruner.store.score_ema,
             fingerprint=fingerprint,
         )
         self._dataloader = dataloader
@@ -173,7 +177,7 @@ class AcceleratedInfoBatch:
                 self._schedulers.append(prepared[i])
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
-    def weigh(self, losses: Tensor, scores: Tensor | None = None) -> Tensor:
+    def weigh(self, losses: Tensor, scores: Tensor | None = None, log_snr: Tensor | None = None) -> Tensor:
         """Weigh the losses of the batch in hand and record them as scores.
 
         Args:
@@ -182,13 +186,16 @@ class AcceleratedInfoBatch:
                 Left untouched.
             scores (Tensor, optional): What to rank the samples by in place of the losses, of the same kind: e.g.
                 the losses before Min-SNR weighting. Defaults to the losses.
+            log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
+                shape ``(B,)``, as :func:`.log_snr` has it of a scheduler of diffusers; needed for ``score='timestep'``,
+                not looked at otherwise.
 
         Returns:
             Tensor: Scalar ``mean(weight * loss)``, float32, for ``accelerator.backward``. A second call for the same
             batch weighs its losses and records nothing.
 
         Raises:
-            ValueError: If no batch is in hand, or the shapes do not fit it.
+            ValueError: If no batch is in hand, the shapes do not fit it, or ``log_snr`` is needed and missing.
         """
         batch = self._in_hand
         if batch is None:
@@ -198,8 +205,8 @@ class AcceleratedInfoBatch:
         self._loss = per_sample.detach().mean()
         weighted = per_sample.mean() if batch.weights is None else (batch.weights * per_sample).mean()
         if not batch.is_weighed:
+            self._pruner.record(batch.index, ranked, log_snr=log_snr)
             batch.is_weighed = True
-            self._pruner.record(batch.index, ranked)
             self._advance()
         return weighted
 

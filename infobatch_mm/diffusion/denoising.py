@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,24 @@ def draw(
     timesteps = torch.stack([torch.randint(num_timesteps, (), generator=each) for each in generators])
     noise = torch.stack([torch.randn(*shape, generator=each) for each in generators])
     return Draws(noise, timesteps, generators)
+
+
+def log_snr(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """Logarithm of the signal-to-noise ratio of noisy images: their noise level, for ``score='timestep'``.
+
+    Args:
+        scheduler (SchedulerMixin): A noise scheduler of diffusers: one with ``alphas_cumprod``, as ``DDPMScheduler``
+            has them, or of flow matching, whose timesteps are sigma x ``num_train_timesteps``.
+        timesteps (Tensor): Shape ``(B,)``, as the scheduler's.
+
+    Returns:
+        Tensor: Shape ``(B,)``, float32, on the timesteps' device: log(alpha_bar / (1 - alpha_bar)), or
+        2 log((1 - sigma) / sigma); infinite where there is nothing but the image, or nothing but noise.
+    """
+    if hasattr(scheduler, "alphas_cumprod"):
+        return compute_snr(scheduler, timesteps).log().float()
+    sigmas = timesteps.double() / scheduler.config.num_train_timesteps
+    return (2 * torch.log((1 - sigmas) / sigmas)).float()
 
 
 class Denoising:

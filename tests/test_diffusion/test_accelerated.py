@@ -603,7 +603,7 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
     seen = len(visits(run.journal))
     assert list(summary)[-1] == "per_pass"
     assert {key: summary[key] for key in summary if key not in ("wall_time_s", "per_pass")} == {
-        "policy": "infobatch", "prune_ratio": 0.5, "delta": 0.875, "score_ema": 0.0, "num_samples": 46,
+        "policy": "infobatch", "prune_ratio": 0.5, "delta": 0.875, "score": "raw", "score_ema": 0.0, "num_samples": 46,
         "passes_done": 8, "passes_total": 8, "samples_seen": seen, "samples_full": 8 * 46,
         "saved_ratio": pytest.approx(1 - seen / (8 * 46)), "nonfinite_losses": 0, "unusable_samples": 0, "seed": 0,
         "iterations": len(run.journal), "iterations_full": 8 * 12,

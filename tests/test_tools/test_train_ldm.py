@@ -111,10 +111,10 @@ def recorded(train_ldm: ModuleType, monkeypatch: pytest.MonkeyPatch, argv: list[
     steps: list[dict[str, Any]] = []
 
     class Recording(train_ldm.AcceleratedInfoBatch):  # type: ignore[name-defined, misc]
-        def weigh(self, losses: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
+        def weigh(self, losses: torch.Tensor, scores: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
             weights = self._in_hand.weights
             entry = dict(pass_index=self.passes_done, index=self.index.tolist())
-            weighted = super().weigh(losses, scores)
+            weighted = super().weigh(losses, scores, **more)
             entry |= dict(weights=None if weights is None else weights.tolist(), loss=self.loss.item())
             steps.append({**entry, "weighted": weighted.item()})
             return weighted
