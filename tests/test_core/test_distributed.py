@@ -105,6 +105,24 @@ def merged_stores(me: int, score_ema: float = 0.0) -> list[dict[str, Any]]:
     return looks
 
 
+def levelled_store(me: int | None) -> dict[str, Any]:
+    """Scores by noise level of visits that two ranks share, or of all where one process makes them."""
+    store, looks = ScoreStore(20, 0.5, "timestep"), []
+    for current in range(3):
+        index = torch.randperm(20, generator=torch.Generator().manual_seed(current))[:15]
+        for step, batch in enumerate(index.split(2)):
+            if me in (None, step % WORLD):
+                store.record(batch, losses_of(batch, current), log_snr=losses_of(batch, current + 9) * 10)
+                store.flush()
+            if step == 2:
+                looks.append(store.unmerged)
+                store.merge()
+                looks.append(store.unmerged)
+        store.merge()
+        store.settle()
+    return {"values": store.values, "times": store.times_seen, "unmerged": looks}
+
+
 def one_process(me: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder}/rendezvous"
@@ -115,6 +133,7 @@ def one_process(me: int, folder: str) -> None:
     seen["dtypes"] = [all_gather_ragged(torch.ones(me + 1).to(dtype)) for dtype in DTYPES]
     seen["merged"] = merged_stores(me)
     seen["averaged"] = merged_stores(me, score_ema=0.5)
+    seen["levelled"] = levelled_store(me)
     for name in RUNS:
         seen[name] = train(name, WORLD, states if name == "even" else None)
     try:
@@ -181,6 +200,15 @@ def test_merged_averages_count_every_visit_once(ranks: list[dict[str, Any]]):
     for look in first[4:] + second[4:]:
         twin = [(0.5 * 1 + 3) / 1.5, 0, (0.25 * 2 + 0.5 * 4 + 6) / 1.75, 0, 0, 0, 0, (0.5 * 5 + 7) / 1.5]
         assert look["values"].tolist() == pytest.approx(twin)
+
+
+def test_scores_by_noise_level_are_those_of_one_process_to_the_bit(ranks: list[dict[str, Any]]):
+    alone = levelled_store(None)
+    for seen in ranks:
+        assert torch.equal(seen["levelled"]["values"], alone["values"])
+        assert torch.equal(seen["levelled"]["times"], alone["times"])
+        assert seen["levelled"]["unmerged"] == [True, False] * 3
+    assert alone["unmerged"] == [False] * 6
 
 
 @pytest.mark.parametrize("name", list(RUNS))

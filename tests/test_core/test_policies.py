@@ -131,3 +131,45 @@ def test_kept_count_is_near_its_target_where_enough_samples_exist():
         assert (others + k) % m == 0
         assert abs(k - (1 - r) * n) <= m / 2 + 1e-6
         assert math.isfinite(n / k)
+
+
+# ---- by quantile ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantile", [0.01, 0.25, 0.5, 0.76, 1])
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_quantile_makes_exactly_so_many_candidates_whatever_the_scores(quantile: float, ties: bool):
+    rng = random.Random(3)
+    scores = torch.tensor([rng.choice([0.0, 1.0]) if ties else rng.random() ** 8 for _ in range(400)])
+    seen = torch.tensor([rng.random() < 0.8 for _ in range(400)])
+    policy = InfoBatchPolicy(0.5, quantile=quantile)
+    plan = policy.draw(scores, seen, torch.Generator().manual_seed(0), 1)
+    count = round(quantile * int(seen.sum()))
+    weights = dict(zip(plan.indices.tolist(), plan.weights.tolist(), strict=True))
+    kept = slow_kept_count(count, 400 - count, 0.5, 1)
+    assert len(plan) == 400 - count + kept
+    thinned = [i for i in range(400) if weights.get(i) != 1]
+    assert len([i for i in thinned if i in weights]) == kept
+    assert {round(weights[i], 5) for i in thinned if i in weights} == {round(count / kept, 5)}
+    ranked = sorted(scores[seen].tolist())
+    assert all(seen[i] for i in thinned)
+    assert max(scores[i].item() for i in thinned) <= ranked[count - 1]
+    assert plan.threshold == (None if quantile == 1 else pytest.approx(ranked[count]))
+
+
+def test_a_quantile_of_less_than_one_sample_prunes_nothing():
+    assert InfoBatchPolicy(quantile=0.01).draw(torch.rand(20), torch.ones(20).bool(), torch.Generator(), 1) is None
+
+
+@pytest.mark.parametrize("quantile", [0, 1.5, -0.1, float("nan"), True, "0.5"])
+def test_a_quantile_out_of_range_is_refused_with_the_value(quantile: object):
+    with pytest.raises(ValueError, match=rf"quantile={quantile!r}"):
+        build_policy("infobatch", quantile=quantile)  # type: ignore[arg-type]
+
+
+def test_a_quantile_identifies_its_policy_and_the_papers_has_none():
+    assert build_policy("infobatch", 0.4, 0.8, 0.7).settings() == {
+        "policy": "infobatch", "prune_ratio": 0.4, "delta": 0.8, "quantile": 0.7
+    }  # fmt: skip
+    assert "quantile" not in InfoBatchPolicy().settings()
+    assert "quantile" not in build_policy("random", quantile=0.7).settings()

@@ -361,8 +361,9 @@ def test_resumed_with_another_batch_size_the_schedule_still_ends_with_the_traini
         NOISY,
         Setup(accumulate=4, seedable=True, epochs=6),
         Setup(policy="none", noise=True, item_seed=True, seedable=True, accumulate=3, epochs=3),
+        Setup(samples=22, epochs=5, noise=True, item_seed=True, more={"score": "timestep"}),
     ],
-    ids=["noise", "accumulated", "policy none"],
+    ids=["noise", "accumulated", "policy none", "by noise level"],
 )
 def test_resumed_at_any_step_it_is_the_same_training_to_the_bit(tmp_path: Path, setup: Setup):
     straight = Run(setup)
@@ -450,6 +451,7 @@ def test_a_checkpoint_without_our_state_is_refused_before_anything_is_loaded(tmp
         ({"prune_ratio": 0.25}, "'prune_ratio': 0.5.* this run has .*'prune_ratio': 0.25"),
         ({"more": {"fingerprint": "b"}}, "fingerprint 'a', this data set has 'b'"),
         ({"more": {"fingerprint": "a", "delta": 0.5}}, "'delta': 0.875.* this run has .*'delta': 0.5"),
+        ({"more": {"fingerprint": "a", "score": "timestep"}}, "'score': 'raw'.* this run has .*'score': 'timestep'"),
         ({"more": {"fingerprint": "a", "score_ema": 0.5}}, "'score_ema': 0.0.* this run has .*'score_ema': 0.5"),
     ],
 )
@@ -513,6 +515,7 @@ class Nothing(Dataset):
         (lambda: DataLoader(Points(8), batch_size=4), {"policy": "best"}, "unknown policy 'best'"),
         (lambda: DataLoader(Points(8), batch_size=4), {"seed": -1}, "seed=-1"),
         (lambda: DataLoader(Points(8), batch_size=4), {"score_ema": 1}, "score_ema=1"),
+        (lambda: DataLoader(Points(8), batch_size=4), {"score": "best"}, "unknown score 'best'"),
         (lambda: DataLoader(Points(8), batch_size=4), {"num_epochs": 0}, "num_epochs=0"),
     ],
 )  # fmt: skip

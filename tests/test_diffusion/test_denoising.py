@@ -7,10 +7,10 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 pytest.importorskip("accelerate")
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from infobatch_mm.diffusion.denoising import PREDICTION_TYPES, Denoising, draw, held_out_loss
+from infobatch_mm.diffusion.denoising import PREDICTION_TYPES, Denoising, draw, held_out_loss, log_snr
 
 SHAPE = (3, 4, 4)
 
@@ -160,3 +160,20 @@ def test_who_knows_the_noise_has_no_held_out_loss() -> None:
 
     data = Latents({"latents": each} for each in latents)
     assert held_out_loss(Denoising(scheduler()), knowing, data, torch.device("cpu")) < 1e-10
+
+
+def test_the_noise_level_is_the_log_of_signal_over_noise() -> None:
+    timesteps = torch.tensor([0, 17, 500, 999])
+    kept = torch.cumprod(1 - torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2, 0)[timesteps]
+    levels = log_snr(scheduler(), timesteps)
+    assert levels.dtype == torch.float32
+    assert levels.tolist() == pytest.approx(torch.log(kept / (1 - kept)).tolist(), abs=1e-3)
+
+
+def test_the_noise_level_of_flow_matching_is_that_of_its_mixture() -> None:
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    levels = log_snr(flow, flow.timesteps[[0, 300, 999]])
+    sigmas = flow.sigmas[[0, 300, 999]].double()
+    assert levels.tolist() == pytest.approx((2 * torch.log((1 - sigmas) / sigmas)).tolist(), abs=1e-4)
+    assert log_snr(flow, torch.tensor([0.0, 500.0, 1000.0])).tolist() == [torch.inf, 0, -torch.inf]
+    assert levels[0] == -torch.inf or levels[0] < levels[2]

@@ -135,7 +135,8 @@ class Run:
                         "index": batch["index"].tolist(),
                         "losses": losses.detach().flatten().tolist(),
                     }
-                    self.accelerator.backward(ib.weigh(losses) if ib else losses.mean())
+                    level = batch["x"][:, 0] * 3  # looked at where scores are by noise level
+                    self.accelerator.backward(ib.weigh(losses, log_snr=level) if ib else losses.mean())
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()

@@ -43,6 +43,7 @@ TRAININGS = {
     "dispatched": Setup(samples=44, batch_size=2, dispatch=True),
     "split": Setup(samples=44, split=True),
     "split, accumulated": Setup(samples=44, split=True, accumulate=4),
+    "by noise level": Setup(samples=44, batch_size=2, more={"score": "timestep"}),
     "split, dispatched": Setup(samples=44, split=True, dispatch=True),
 }
 RESUMED = Setup(samples=46, batch_size=2, noise=True, item_seed=True)

@@ -1,0 +1,290 @@
+"""Scores by noise level: a share of what is usual there, averaged over visits."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_core.test_pruner import through_a_file
+
+from infobatch_mm.core import EpochSchedule, InfoBatch, InfoBatchPolicy, Pruner, ScoreStore
+from infobatch_mm.core.noise_levels import NUM_BINS, bins_of
+from infobatch_mm.core.scores import resolve_score
+
+N = 40
+Visit = tuple[int, float, float]  # index, loss, log-SNR
+
+
+def store_of(score_ema: float | None = None) -> ScoreStore:
+    return ScoreStore(N, score_ema, "timestep")
+
+
+def record(store: ScoreStore, visits: list[Visit], batch_size: int = 7) -> None:
+    for start in range(0, len(visits), batch_size):
+        index, loss, level = zip(*visits[start : start + batch_size], strict=True)
+        store.record(torch.tensor(index), torch.tensor(loss), log_snr=torch.tensor(level))
+
+
+def a_pass(rng: random.Random, falls_to: float = 1.0) -> list[Visit]:
+    """Visits of two thirds of the samples: losses of images that differ somewhat, at levels that differ much."""
+    visits = []
+    for index in rng.sample(range(N), 2 * N // 3):
+        level = rng.uniform(-6, 6)
+        visits.append((index, (0.5 + index / N) * math.exp(level / 2) * rng.uniform(0.9, 1.1) * falls_to, level))
+    return visits
+
+
+def twin(passes: list[list[Visit]], decay: float) -> dict[int, float]:
+    """The scores, from the definition: sums of losses and their numbers by bin, the older the less."""
+    history: dict[int, list[float]] = defaultdict(list)
+    total: dict[int, float] = defaultdict(float)
+    count: dict[int, float] = defaultdict(float)
+    for visits in passes:
+        for bins in (total, count):
+            for key in bins:
+                bins[key] /= 2
+        for _, loss, level in visits:
+            key = math.floor(min(max(level, -20), 20) / 0.25)
+            total[key] += loss
+            count[key] += 1
+        keys = [math.floor(min(max(level, -20), 20) / 0.25) for _, _, level in visits]
+        shares = [loss * count[key] / total[key] for key, (_, loss, _) in zip(keys, visits, strict=True)]
+        for (index, _, _), share in zip(visits, shares, strict=True):
+            history[index].insert(0, share * len(shares) / sum(shares))
+    counts = {index: [decay**k for k in range(len(seen))] for index, seen in history.items()}
+    return {i: sum(a * b for a, b in zip(seen, counts[i], strict=True)) / sum(counts[i]) for i, seen in history.items()}
+
+
+@pytest.mark.parametrize("score_ema", [0.0, 0.5, 0.9])
+def test_a_score_is_the_average_share_of_the_mean_at_its_level(score_ema: float):
+    rng = random.Random(0)
+    passes = [a_pass(rng, falls_to=0.7**number) for number in range(5)]
+    store = store_of(score_ema)
+    for visits in passes:
+        record(store, visits)
+        store.settle()
+    expected = twin(passes, score_ema)
+    assert {i: store.values[i].item() for i in expected} == pytest.approx(expected, rel=1e-5)
+    assert store.seen.tolist() == [i in expected for i in range(N)]
+    assert store.times_seen.sum() == sum(len(visits) for visits in passes)
+
+
+def test_shares_of_a_pass_are_one_on_average_though_the_loss_falls():
+    rng = random.Random(1)
+    store = store_of(0.0)
+    for number in range(4):
+        visits = a_pass(rng, falls_to=0.3**number)
+        record(store, visits)
+        store.settle()
+        assert store.values[[index for index, _, _ in visits]].mean().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_images_are_ranked_where_raw_losses_rank_levels():
+    rng = random.Random(2)
+    stores = {"raw": ScoreStore(N), "ema": ScoreStore(N, score="ema"), "timestep": store_of()}
+    for _ in range(12):
+        visits = a_pass(rng)
+        for store in stores.values():
+            record(store, visits)
+            store.settle()
+    seen = {name: store.values.numpy()[store.seen.numpy()] for name, store in stores.items()}
+    by_image = np.arange(N)[stores["raw"].seen.numpy()]
+    rank = {name: np.corrcoef(np.argsort(np.argsort(found)), by_image)[0, 1] for name, found in seen.items()}
+    assert rank["timestep"] > 0.9
+    assert rank["raw"] < rank["ema"] < 0.8
+
+
+def test_nothing_is_a_score_before_its_pass_is_over():
+    store = store_of()
+    record(store, [(3, 1.0, 0.0)])
+    store.flush()
+    assert not store.seen.any() and not store.times_seen.any()
+    store.merge()
+    assert not store.seen.any()
+    store.settle()
+    assert store.seen.nonzero().flatten().tolist() == [3] and store.values[3] == 1
+    store.settle()  # a pass without a visit
+    assert store.values[3] == 1 and store.times_seen[3] == 1
+
+
+def test_the_order_of_the_visits_changes_no_bit():
+    rng = random.Random(3)
+    visits = a_pass(rng)
+    first, second = store_of(), store_of()
+    record(first, visits)
+    record(second, rng.sample(visits, len(visits)), batch_size=3)
+    for store in (first, second):
+        store.settle()
+    assert torch.equal(first.values, second.values)
+
+
+@pytest.mark.parametrize("at", [0, 1, 10, 26])
+def test_a_state_within_a_pass_goes_on_to_the_bit(at: int):
+    rng = random.Random(4)
+    before, visits, after = a_pass(rng), a_pass(rng), a_pass(rng)
+    straight, resumed = store_of(), store_of()
+    record(straight, before)
+    straight.settle()
+    record(straight, visits[:at])
+    record(resumed, after)  # is forgotten
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    for store in (straight, resumed):
+        record(store, visits[at:])
+        store.settle()
+        record(store, after)
+        store.settle()
+    assert torch.equal(straight.values, resumed.values)
+    assert torch.equal(straight.times_seen, resumed.times_seen)
+
+
+def test_bins_are_quarters_of_log_snr_and_have_ends():
+    levels = torch.tensor([-math.inf, -20.0, -19.76, -19.74, -0.01, 0.0, 0.24, 0.26, 19.99, 20.0, math.inf])
+    assert bins_of(levels).tolist() == [0, 0, 0, 1, 79, 80, 80, 81, 159, 160, 160]
+    assert NUM_BINS == 161
+
+
+def test_levels_without_noise_and_without_image_are_scored_too():
+    store = store_of()
+    record(store, [(0, 1.0, math.inf), (1, 3.0, math.inf), (2, 5.0, -math.inf), (3, 5.0, -math.inf)])
+    store.settle()
+    assert store.values[:4].tolist() == pytest.approx([0.5, 1.5, 1, 1])
+
+
+def test_what_is_no_number_is_counted_and_no_score():
+    store = store_of()
+    record(store, [(0, math.nan, 0.0), (1, 1.0, math.nan), (2, math.inf, 1.0), (-1, 1.0, 0.0), (4, 2.0, 0.0)])
+    store.settle()
+    assert store.num_nonfinite == 3
+    assert store.seen.nonzero().flatten().tolist() == [4] and torch.isfinite(store.values).all()
+
+
+def test_losses_of_nothing_divide_nothing():
+    store = store_of()
+    record(store, [(0, 0.0, 0.0), (1, 0.0, 3.0)])
+    store.settle()
+    assert store.seen.sum() == 2 and torch.isfinite(store.values).all()
+
+
+def test_negative_losses_are_refused():
+    store = store_of()
+    record(store, [(0, 1.0, 0.0), (1, -2.5, 0.0)])
+    with pytest.raises(ValueError, match=r"none below 0, but got -2\.5"):
+        store.flush()
+
+
+def test_a_missing_or_misshapen_level_is_refused():
+    with pytest.raises(ValueError, match="score='timestep' needs the noise level"):
+        store_of().record(torch.tensor([0]), torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"2 losses but log_snr of shape \(1,\)"):
+        store_of().record(torch.tensor([0, 1]), torch.ones(2), log_snr=torch.zeros(1))
+
+
+def test_the_caller_may_reuse_its_levels():
+    store, level = store_of(), torch.zeros(2)
+    store.record(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]), log_snr=level)
+    level[1] = 9  # would be another bin
+    store.settle()
+    assert store.values[:2].tolist() == pytest.approx([0.5, 1.5])
+
+
+# ---- in a training ----------------------------------------------------------------------------------------
+
+
+def test_a_loop_of_your_own_ranks_by_noise_level():
+    infobatch = InfoBatch(N, 6, score="timestep", score_ema=0.5, batch_size=4)
+    rng = random.Random(5)
+    passes = []
+    for _ in range(6):
+        walked = list(infobatch.sampler)
+        visits = [(i, (0.5 + i / N) * math.exp(level), level) for i in walked for level in [rng.uniform(-3, 3)]]
+        passes.append(visits)
+        for start in range(0, len(visits), 4):
+            index, loss, level = zip(*visits[start : start + 4], strict=True)
+            infobatch.weigh(torch.tensor(loss), index, torch.tensor(level))
+    expected = twin(passes, 0.5)
+    state = infobatch.state_dict()
+    assert state["scores"].tolist() == pytest.approx([expected[i] for i in range(N)], rel=1e-5)
+    books = infobatch.summary()
+    assert (books["score"], books["score_ema"]) == ("timestep", 0.5) and books["samples_seen"] < 6 * N
+    assert books["per_pass"][0]["score_mean"] == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="needs the noise level"):
+        infobatch = InfoBatch(N, 2, score="timestep")
+        infobatch.weigh(torch.ones(1), [next(iter(infobatch.sampler))])
+
+
+def pruner_of(**score: Any) -> Pruner:
+    return Pruner(EpochSchedule(N, 4, 4), InfoBatchPolicy(), **score)
+
+
+def test_a_state_says_what_it_ranks_by_and_which_version_can_read_it():
+    states = {name: pruner_of(score=name).state_dict() for name in ("raw", "ema", "timestep")}
+    assert [state["version"] for state in states.values()] == [1, 2, 3]
+    for name, state in states.items():
+        pruner_of(score=name).check_state(through_a_file(state))
+        for other in states:
+            if other != name:
+                with pytest.raises(ValueError, match=f"'score': '{name}'.* this run has .*'score': '{other}'"):
+                    pruner_of(score=other).check_state(state)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("indices", torch.tensor([N])),
+        ("indices", torch.tensor([-1])),
+        ("indices", torch.tensor([0, 1])),
+        ("losses", torch.tensor([math.nan])),
+        ("losses", torch.tensor([-1.0])),
+        ("bins", torch.tensor([200], dtype=torch.uint8)),
+        ("bins", torch.tensor([1])),
+        ("sums", torch.zeros(2, 3, dtype=torch.float64)),
+        ("sums", None),
+    ],
+)
+def test_damaged_levels_are_refused(key: str, value: Any):
+    pruner = pruner_of(score="timestep")
+    record(pruner.store, [(0, 1.0, 0.0)])
+    state = pruner.state_dict()
+    pruner.check_state(state)
+    state["noise_levels"] = {**state["noise_levels"], key: value}
+    with pytest.raises(ValueError, match="damaged at 'noise_levels'"):
+        pruner_of(score="timestep").load_state_dict(state)
+    state.pop("noise_levels")
+    with pytest.raises(ValueError, match="damaged at 'noise_levels'"):
+        pruner_of(score="timestep").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("score", "score_ema", "resolved"),
+    [
+        (None, None, ("raw", 0.0)),
+        (None, 0, ("raw", 0.0)),
+        (None, 0.8, ("ema", 0.8)),
+        ("raw", None, ("raw", 0.0)),
+        ("ema", None, ("ema", 0.9)),
+        ("timestep", None, ("timestep", 0.9)),
+        ("timestep", 0, ("timestep", 0.0)),
+        ("timestep", 0.5, ("timestep", 0.5)),
+    ],
+)
+def test_score_and_average_complete_each_other(score: str | None, score_ema: float | None, resolved: tuple[str, float]):
+    assert resolve_score(score, score_ema) == resolved
+
+
+@pytest.mark.parametrize(
+    ("score", "score_ema", "message"),
+    [
+        ("raw", 0.5, "score='raw' and score_ema=0.5 contradict"),
+        ("ema", 0, "score='ema' and score_ema=0 contradict"),
+        ("loss", None, "unknown score 'loss': choose one of"),
+        ("timestep", 1, r"score_ema=1 is outside \[0, 1\)"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(score: str, score_ema: float | None, message: str):
+    with pytest.raises(ValueError, match=message):
+        ScoreStore(N, score_ema, score)
