@@ -104,8 +104,8 @@ def look(folder: Path, latents_dir: Path, args: argparse.Namespace, console: Con
     }
     for line in (
         f"[bold]{folder}[/bold], {len(chosen)} images at {args.truth} timesteps",
-        f"rank correlations: of halves of the expected loss {halves[0]:.2f}, of halves of its share {halves[1]:.2f}, of "
-        f"the one with the other {rank(expected, expected_share):.2f}",
+        f"rank correlations: halves of the expected loss {halves[0]:.2f}, halves of its share {halves[1]:.2f}, the"
+        f" one with the other {rank(expected, expected_share):.2f}",
         f"standard deviation between images {expected.std():.4f}, between timesteps {by_timestep.std():.4f}",
         f"mean loss from the first timesteps to the last: {' '.join(f'{each:.3f}' for each in by_timestep[::8])}",
         f"below the mean: {', '.join(f'{name} {share}' for name, share in below.items())} (scores of 8 visits)",

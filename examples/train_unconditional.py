@@ -31,6 +31,7 @@ from torchvision import transforms
 from tqdm.auto import tqdm
 
 from infobatch_mm.diffusion import AcceleratedInfoBatch  # (+)
+from infobatch_mm.diffusion.denoising import log_snr  # (+)
 
 
 class Pictures(Dataset):
@@ -112,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=math.ceil(len(train_dataloader) / args.gradient_accumulation_steps) * epochs,
     )
-    infobatch = AcceleratedInfoBatch(accelerator, train_dataloader, epochs, policy=args.policy, item_seed=True)  # (+)
+    pruning = {"policy": args.policy, "score": "timestep", "item_seed": True}  # (+)
+    infobatch = AcceleratedInfoBatch(accelerator, train_dataloader, epochs, **pruning)  # (+)
     # (-) model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
     model, optimizer, train_dataloader, lr_scheduler = infobatch.prepare(  # (+)
         model, optimizer, train_dataloader, lr_scheduler
@@ -146,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with accelerator.accumulate(model):
                 predicted = model(noisy_images, timesteps).sample.float()
                 # (-) loss = F.mse_loss(predicted, noise)
-                loss = infobatch.weigh(F.mse_loss(predicted, noise, reduction="none"))  # (+)
+                noise_levels = log_snr(noise_scheduler, timesteps)  # (+)
+                loss = infobatch.weigh(F.mse_loss(predicted, noise, reduction="none"), log_snr=noise_levels)  # (+)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_core.test_pruner import through_a_file
 
 from infobatch_mm.core import EpochSchedule, InfoBatch, InfoBatchPolicy, Pruner, ScoreStore
 from infobatch_mm.core.noise_levels import NUM_BINS, bins_of
 from infobatch_mm.core.scores import resolve_score
+from test_core.test_pruner import through_a_file
 
 N = 40
 Visit = tuple[int, float, float]  # index, loss, log-SNR

@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_a_number_is_no_score_and_stops_nothing():
     real = run.infobatch.weigh
     broken = {7, 30}
 
-    def weigh(losses: torch.Tensor) -> torch.Tensor:
+    def weigh(losses: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
         bad = torch.tensor([index in broken for index in run.infobatch._in_hand.index.tolist()])
         real(torch.where(bad[:, None], torch.nan, losses))
         return losses.mean()
