@@ -37,8 +37,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples/train_unconditional.py"
 SOURCE = EXAMPLE.read_text()
 ADDED, REPLACED = "# (+)", "# (-) "
 SAMPLES, EPOCHS = 22, 6
-#: In the midst of a pruned pass, some steps behind a checkpoint, on one process and on two.
-KILL_AT = 18
+#: In the midst of a pruned pass, some steps behind a checkpoint that is within a pass too.
+KILL_AT, KILL_TWO_AT = 18, 23
 ARGUMENTS = [
     *(
         "--resolution",
@@ -233,12 +233,13 @@ def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(pictures: Path,
 def test_killed_on_two_processes_it_goes_on_with_the_same_samples_on_one(pictures: Path, tmp_path: Path):
     from launching import accelerate_launch  # the processes that run this file do not find it
 
-    launch(tmp_path, *where(pictures, tmp_path), kill_at=KILL_AT, launcher=accelerate_launch())
+    arguments = [*where(pictures, tmp_path), "--checkpointing_steps", "11"]
+    launch(tmp_path, *arguments, kill_at=KILL_TWO_AT, launcher=accelerate_launch())
     begun = [told(tmp_path, rank) for rank in range(2)]
     saved, visited = steps_saved(tmp_path)
-    assert [len(steps) for steps in begun] == [KILL_AT] * 2 and saved < KILL_AT - 1 and visited
+    assert [len(steps) for steps in begun] == [KILL_TWO_AT] * 2 and saved < KILL_TWO_AT - 1 and visited
     (tmp_path / "journal.0").unlink()
-    run_with_journal(tmp_path, 0, [*where(pictures, tmp_path), "--resume_from_checkpoint", "--train_batch_size", "4"])
+    run_with_journal(tmp_path, 0, [*arguments, "--resume_from_checkpoint", "--train_batch_size", "4"])
     again = told(tmp_path)
     for first, second, one in zip(begun[0][saved:], begun[1][saved:], again, strict=False):
         assert one["index"] == first["index"] + second["index"]
