@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--delta", type=float, default=0.875, help="share of the training after which none is skipped")
     pruning.add_argument("--policy", default="infobatch", help="infobatch, random, or none for the unpruned training")
     pruning.add_argument("--prune_quantile", type=float, help="share that is well learned; else those below the mean")
-    pruning.add_argument("--score", choices=SCORES, default="raw", help="what images are ranked by")
+    pruning.add_argument("--score", choices=SCORES, default="timestep", help="what images are ranked by")
     pruning.add_argument("--score_ema", type=float, help="decay of the score's average; 0.9 for ema and timestep")
 
     output = parser.add_argument_group("output")

@@ -54,14 +54,17 @@ def plot(title: str, metric: str, arms: Mapping[str, Arm], path: Path) -> None:
     plt.close(figure)
 
 
-def table(title: str, metric: str, seeds: Sequence[Rows], decimals: int = 2) -> Table:
-    """The arms side by side, and what the pruned one saved; with several seeds, mean and standard deviation.
+def table(
+    title: str, metric: str, seeds: Sequence[Rows], decimals: int = 2, pruned: Sequence[str] = ("infobatch",)
+) -> Table:
+    """The arms side by side, and what the pruned ones saved; with several seeds, mean and standard deviation.
 
     Args:
         title (str): Title of the table.
         metric (str): Name of the metric.
         seeds (Sequence[Rows]): The rows of each seed.
         decimals (int): Of the metric. Defaults to 2.
+        pruned (Sequence[str]): The arms to compare with the baseline. Defaults to that of InfoBatch.
 
     Returns:
         Table: For a console.
@@ -74,9 +77,11 @@ def table(title: str, metric: str, seeds: Sequence[Rows], decimals: int = 2) -> 
         quality = _spread([rows[arm][metric] for rows in seeds], f".{decimals}f")
         result.add_row(arm, quality, *(_spread([rows[arm][key] for rows in seeds], ",.0f") for key in costs))
     # By seed: what two arms of a seed have in common does not count as spread.
-    gained = _spread([rows["infobatch"][metric] - rows["baseline"][metric] for rows in seeds], f"+.{decimals}f")
-    saved = ([1 - rows["infobatch"][key] / rows["baseline"][key] for rows in seeds] for key in costs)
-    result.add_row("saved", f"({gained})", *(_spread(values, ".1%") for values in saved))
+    for arm in pruned:
+        gained = _spread([rows[arm][metric] - rows["baseline"][metric] for rows in seeds], f"+.{decimals}f")
+        saved = ([1 - rows[arm][key] / rows["baseline"][key] for rows in seeds] for key in costs)
+        label = "saved" if len(pruned) == 1 else f"saved by {arm}"
+        result.add_row(label, f"({gained})", *(_spread(values, ".1%") for values in saved))
     return result
 
 

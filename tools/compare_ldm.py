@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         seeds[seed] = train_arms(args, seed, [*options, "--seed", str(seed)])
     console = Console()
-    console.print(table(f"{Path(args.full).stem}", METRIC, list(seeds.values()), decimals=5))
+    pruned = args.scores or ["infobatch"]
+    console.print(table(f"{Path(args.full).stem}", METRIC, list(seeds.values()), decimals=5, pruned=pruned))
     result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
     if len(seeds) > 1:
         result = {**means(METRIC, seeds), "by_seed": result}

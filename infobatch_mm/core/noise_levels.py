@@ -16,8 +16,10 @@ BIN_WIDTH = 0.25
 #: Log-SNR beyond which noise levels are one: nothing but the image there, or nothing but noise.
 LIMIT = 20.0
 NUM_BINS = round(2 * LIMIT / BIN_WIDTH) + 1
-#: What the sums of the passes before count for: small data sets have few losses in a bin.
+#: What the sums of the passes before count for.
 _DECAY = 0.5
+#: Losses that a mean is of at least: where a bin has fewer, its neighbours on both sides join in.
+_ENOUGH = 10
 
 
 class NoiseLevels:
@@ -25,8 +27,9 @@ class NoiseLevels:
 
     The loss that even an ideal model is left with differs by orders of magnitude over the noise levels, so that a
     loss at a random one says which level it was rather than which image. As a share of the mean of its bin of log-SNR
-    it says something of the image. The mean is over the passes so far, each counting half of the one after it; and the
-    shares of one pass are 1 on average, so that they do not fall with the loss as the training goes on.
+    it says something of the image. The mean is over the passes so far, each counting half of the one after it; bins
+    with fewer than ten losses are taken together with their neighbours. The shares of one pass are 1 on average, so
+    that they do not fall with the loss as the training goes on.
 
     Losses are held until the pass is over (:meth:`settle`), because only then their means are known: they
     are the same on any number of processes, whatever the order of the batches.
@@ -77,12 +80,22 @@ class NoiseLevels:
         where, loss, level = indices.numpy()[order], losses.numpy()[order].astype(np.float64), bins.numpy()[order]
         self._sums *= _DECAY
         self._sums += [np.bincount(level, loss, NUM_BINS), np.bincount(level, minlength=NUM_BINS)]
-        total, count = self._sums
-        means = np.divide(total, count, where=total > 0, out=np.ones(NUM_BINS))
-        shares = loss / means[level]
+        shares = loss / self._means()[level]
         if shares.any():
             shares /= shares.mean()
         return torch.from_numpy(where), torch.from_numpy(shares.astype(np.float32))
+
+    def _means(self) -> np.ndarray:
+        """Mean loss at each bin, over as many bins around it as hold enough losses; 1 where all are 0."""
+        upto = np.concatenate([np.zeros((2, 1)), self._sums.cumsum(1)], 1)
+        at = np.arange(NUM_BINS)
+        means = np.ones(NUM_BINS)
+        for reach in range(NUM_BINS - 1, -1, -1):
+            first, last = np.maximum(at - reach, 0), np.minimum(at + reach + 1, NUM_BINS)
+            total, count = upto[:, last] - upto[:, first]
+            enough = (total > 0) & (count >= (_ENOUGH if reach < NUM_BINS - 1 else 0))
+            means[enough] = total[enough] / count[enough]
+        return means
 
     @property
     def unmerged(self) -> bool:

@@ -30,40 +30,46 @@ def record(store: ScoreStore, visits: list[Visit], batch_size: int = 7) -> None:
         store.record(torch.tensor(index), torch.tensor(loss), log_snr=torch.tensor(level))
 
 
-def a_pass(rng: random.Random, falls_to: float = 1.0) -> list[Visit]:
+def a_pass(rng: random.Random, falls_to: float = 1.0, spread: float = 6) -> list[Visit]:
     """Visits of two thirds of the samples: losses of images that differ somewhat, at levels that differ much."""
     visits = []
     for index in rng.sample(range(N), 2 * N // 3):
-        level = rng.uniform(-6, 6)
+        level = rng.uniform(-spread, spread)
         visits.append((index, (0.5 + index / N) * math.exp(level / 2) * rng.uniform(0.9, 1.1) * falls_to, level))
     return visits
 
 
+def bin_of(level: float) -> int:
+    return math.floor(min(max(level, -20), 20) / 0.25)
+
+
 def twin(passes: list[list[Visit]], decay: float) -> dict[int, float]:
-    """The scores, from the definition: sums of losses and their numbers by bin, the older the less."""
+    """The scores, from the definition: every visit so far counts for the mean at a level, the older the less."""
     history: dict[int, list[float]] = defaultdict(list)
-    total: dict[int, float] = defaultdict(float)
-    count: dict[int, float] = defaultdict(float)
-    for visits in passes:
-        for bins in (total, count):
-            for key in bins:
-                bins[key] /= 2
+    for number, visits in enumerate(passes):
+        so_far = [
+            (bin_of(level), loss, 0.5 ** (number - earlier))
+            for earlier in range(number + 1)
+            for _, loss, level in passes[earlier]
+        ]
+        shares = []
         for _, loss, level in visits:
-            key = math.floor(min(max(level, -20), 20) / 0.25)
-            total[key] += loss
-            count[key] += 1
-        keys = [math.floor(min(max(level, -20), 20) / 0.25) for _, _, level in visits]
-        shares = [loss * count[key] / total[key] for key, (_, loss, _) in zip(keys, visits, strict=True)]
+            for reach in range(200):
+                near = [(value, part) for key, value, part in so_far if abs(key - bin_of(level)) <= reach]
+                if sum(part for _, part in near) >= 10:
+                    break
+            shares.append(loss * sum(part for _, part in near) / sum(value * part for value, part in near))
         for (index, _, _), share in zip(visits, shares, strict=True):
             history[index].insert(0, share * len(shares) / sum(shares))
     counts = {index: [decay**k for k in range(len(seen))] for index, seen in history.items()}
     return {i: sum(a * b for a, b in zip(seen, counts[i], strict=True)) / sum(counts[i]) for i, seen in history.items()}
 
 
+@pytest.mark.parametrize("spread", [6, 0.5])
 @pytest.mark.parametrize("score_ema", [0.0, 0.5, 0.9])
-def test_a_score_is_the_average_share_of_the_mean_at_its_level(score_ema: float):
+def test_a_score_is_the_average_share_of_the_mean_at_its_level(score_ema: float, spread: float):
     rng = random.Random(0)
-    passes = [a_pass(rng, falls_to=0.7**number) for number in range(5)]
+    passes = [a_pass(rng, 0.7**number, spread) for number in range(5)]
     store = store_of(score_ema)
     for visits in passes:
         record(store, visits)
@@ -150,9 +156,18 @@ def test_bins_are_quarters_of_log_snr_and_have_ends():
 
 def test_levels_without_noise_and_without_image_are_scored_too():
     store = store_of()
-    record(store, [(0, 1.0, math.inf), (1, 3.0, math.inf), (2, 5.0, -math.inf), (3, 5.0, -math.inf)])
+    visits = [(i, 1.0 + 2 * (i % 2), math.inf) for i in range(10)] + [(i, 5.0, -math.inf) for i in range(10, 20)]
+    record(store, visits)
     store.settle()
-    assert store.values[:4].tolist() == pytest.approx([0.5, 1.5, 1, 1])
+    assert store.values[:20].tolist() == pytest.approx([0.5, 1.5] * 5 + [1] * 10)
+
+
+def test_of_few_samples_the_levels_are_taken_together():
+    store = store_of()
+    record(store, [(i, float(1 + i % 2), float(i)) for i in range(12)])
+    store.settle()
+    low, high = store.values[0:12:2], store.values[1:12:2]
+    assert (low < 0.8).all() and (high > 1.2).all()  # not all 1, as if each were what is usual at its level
 
 
 def test_what_is_no_number_is_counted_and_no_score():

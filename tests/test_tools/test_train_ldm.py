@@ -238,6 +238,37 @@ def test_min_snr_weights_the_loss_and_not_the_score(
     assert scores["clipped"] == pytest.approx(scores["plain"], rel=1e-6)
 
 
+@pytest.mark.parametrize("score", ["raw", "ema", "timestep"])
+def test_scores_are_what_they_say_of_the_losses_of_all_visits(
+    train_ldm: ModuleType, material: Path, tmp_path: Path, score: str
+) -> None:
+    import numpy as np
+    from test_core.test_noise_levels import twin
+
+    passes, options = 3, {"policy": "none", "learning_rate": 0, "score": score, "snr_gamma": 5}
+    train_ldm.main(flags(material, tmp_path, num_epochs=passes, **options))
+    pipeline = LDMPipeline.from_pretrained(tmp_path)
+    images = train_ldm.ImageFolder(material / "images", 8)
+    latents = train_ldm.encoded(pipeline.vqvae, images, range(IMAGES))
+    visits = []
+    for number in range(passes):
+        drawn = train_ldm.draw(range(IMAGES), latents.shape[1:], 1000, 0, number)
+        model = train_ldm.predictor(pipeline.unet)
+        with torch.no_grad():
+            _, losses = train_ldm.Denoising(pipeline.scheduler).losses(model, latents, drawn.noise, drawn.timesteps)
+        levels = train_ldm.log_snr(pipeline.scheduler, drawn.timesteps)
+        visits.append(list(zip(range(IMAGES), losses.tolist(), levels.tolist(), strict=True)))
+    if score == "timestep":
+        expected = twin(visits, 0.9)
+    else:
+        decays = {"raw": [0, 0, 1], "ema": [0.81, 0.9, 1]}[score]
+        columns = [[loss for _, loss, _ in each] for each in visits]
+        expected = dict(enumerate(np.average(columns, axis=0, weights=decays)))
+    scores = np.load(tmp_path / "infobatch_scores.npz")["score"]
+    assert scores.tolist() == pytest.approx([expected[i] for i in range(IMAGES)], rel=1e-4)
+    assert summary_of(tmp_path)["score"] == score
+
+
 # ---- kills and processes ---------------------------------------------------------------------------------------
 
 
@@ -430,6 +461,8 @@ def test_settings_out_of_range_are_refused_first(train_ldm: ModuleType, material
     assert "unknown policy 'best'" in refusal(train_ldm, flags(material, tmp_path, policy="best"))
     assert "snr_gamma=-1.0 is not positive" in refusal(train_ldm, flags(material, tmp_path, snr_gamma=-1))
     assert "score_ema=1.0 is outside [0, 1)" in refusal(train_ldm, flags(material, tmp_path, score_ema=1))
+    assert "contradict" in refusal(train_ldm, flags(material, tmp_path, score="raw", score_ema=0.5))
+    assert "quantile=0.0 is outside (0, 1]" in refusal(train_ldm, flags(material, tmp_path, prune_quantile=0))
     assert not list(tmp_path.iterdir())
 
 
@@ -557,3 +590,31 @@ def test_a_comparison_without_samples_has_its_numbers(
     compare_ldm.main([*argv, "--", "--num_epochs", "2"])
     assert "infobatch" in json.loads((tmp_path / "comparison.json").read_text())["0"]
     assert not (tmp_path / "samples.png").exists()
+
+
+def test_scores_are_compared_at_equal_saving(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    import compare_ldm
+    import train_ldm
+
+    def in_this_process(command: list[str], check: bool) -> None:
+        forget_accelerators()
+        train_ldm.main(command[2:])
+
+    monkeypatch.setattr(compare_ldm.subprocess, "run", in_this_process)
+    argv = [str(material / "recipe.yaml")] * 2 + [
+        "--work_dir",
+        str(tmp_path),
+        "--random",
+        "--scores",
+        "raw",
+        "timestep",
+    ]
+    compare_ldm.main([*argv, "--", "--prune_quantile", "0.75"])
+    rows = json.loads((tmp_path / "comparison.json").read_text())["0"]
+    assert list(rows) == ["baseline", "raw", "timestep", "random"]
+    assert rows["raw"]["visits"] == rows["timestep"]["visits"] < 5 * IMAGES
+    assert abs(rows["random"]["visits"] - rows["raw"]["visits"]) <= 4 * 5
+    for score in ("raw", "timestep"):
+        found = summary_of(tmp_path / "seed-0" / score)
+        assert (found["score"], found["quantile"]) == (score, 0.75)
