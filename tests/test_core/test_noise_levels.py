@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections import defaultdict
 from typing import Any
@@ -120,13 +121,24 @@ def test_nothing_is_a_score_before_its_pass_is_over():
 
 def test_the_order_of_the_visits_changes_no_bit():
     rng = random.Random(3)
-    visits = a_pass(rng)
+    visits = [(i, rng.random() * 10 ** rng.uniform(-9, 3), 0.0) for i in range(N)]  # sums of these are rounded
     first, second = store_of(), store_of()
     record(first, visits)
     record(second, rng.sample(visits, len(visits)), batch_size=3)
     for store in (first, second):
         store.settle()
     assert torch.equal(first.values, second.values)
+    sums = [store.state_dict()["noise_levels"]["sums"] for store in (first, second)]
+    assert torch.equal(*sums) and sums[0].any()
+
+
+def test_several_visits_in_a_pass_are_averaged_in_their_order():
+    store = store_of(0.5)
+    record(store, [(i % 2, loss, 0.0) for i, loss in enumerate([1.0, 4.0] * 6 + [3.0, 4.0] * 6)])
+    store.settle()
+    counts = [0.5**k for k in range(12)]
+    shares = [3 / 3] * 6 + [1 / 3] * 6  # the last one first, over the mean of 3
+    assert store.values[0].item() == pytest.approx(sum(map(operator.mul, shares, counts)) / sum(counts), rel=1e-5)
 
 
 @pytest.mark.parametrize("at", [0, 1, 10, 26])
@@ -138,6 +150,7 @@ def test_a_state_within_a_pass_goes_on_to_the_bit(at: int):
     straight.settle()
     record(straight, visits[:at])
     record(resumed, after)  # is forgotten
+    resumed.flush()
     resumed.load_state_dict(through_a_file(straight.state_dict()))
     for store in (straight, resumed):
         record(store, visits[at:])
@@ -172,10 +185,12 @@ def test_of_few_samples_the_levels_are_taken_together():
 
 def test_what_is_no_number_is_counted_and_no_score():
     store = store_of()
-    record(store, [(0, math.nan, 0.0), (1, 1.0, math.nan), (2, math.inf, 1.0), (-1, 1.0, 0.0), (4, 2.0, 0.0)])
+    broken = [(0, math.nan, 0.0), (1, 1.0, math.nan), (2, math.inf, 1.0), (-1, 1.0, 0.0)]
+    record(store, [*broken, *((i, 2.0, 9.0) for i in range(10, 20)), *((i, 4.0, -9.0) for i in range(20, 30))], 50)
     store.settle()
     assert store.num_nonfinite == 3
-    assert store.seen.nonzero().flatten().tolist() == [4] and torch.isfinite(store.values).all()
+    assert store.seen.nonzero().flatten().tolist() == list(range(10, 30))
+    assert store.values[10:30].tolist() == pytest.approx([1] * 20)
 
 
 def test_losses_of_nothing_divide_nothing():
@@ -200,11 +215,11 @@ def test_a_missing_or_misshapen_level_is_refused():
 
 
 def test_the_caller_may_reuse_its_levels():
-    store, level = store_of(), torch.zeros(2)
-    store.record(torch.tensor([0, 1]), torch.tensor([1.0, 3.0]), log_snr=level)
-    level[1] = 9  # would be another bin
+    store, level = store_of(), torch.zeros(20)
+    store.record(torch.arange(20), torch.tensor([1.0, 3.0]).repeat(10), log_snr=level)
+    level[::2] = 9  # would be another bin
     store.settle()
-    assert store.values[:2].tolist() == pytest.approx([0.5, 1.5])
+    assert store.values[:20].tolist() == pytest.approx([0.5, 1.5] * 10)
 
 
 # ---- in a training ----------------------------------------------------------------------------------------
