@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=math.ceil(len(train_dataloader) / args.gradient_accumulation_steps) * epochs,
     )
-    options = {"policy": args.policy, "score": args.score, "item_seed": True}  # (+)
-    infobatch = AcceleratedInfoBatch(accelerator, train_dataloader, epochs, **options)  # (+)
+    pruning = {"policy": args.policy, "score": args.score, "item_seed": True}  # (+)
+    infobatch = AcceleratedInfoBatch(accelerator, train_dataloader, epochs, **pruning)  # (+)
     # (-) unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
     unet, optimizer, train_dataloader, lr_scheduler = infobatch.prepare(  # (+)
         unet, optimizer, train_dataloader, lr_scheduler

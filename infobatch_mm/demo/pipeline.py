@@ -50,7 +50,7 @@ def caption_images(root: str | Path, images: str | Path | None = None, num_train
         Path: ``root``.
 
     Raises:
-        ValueError: If ``images`` holds no pictures in folders.
+        ValueError: If ``images`` holds no pictures in folders, or ``root`` holds others already.
     """
     root = Path(root)
     with tempfile.TemporaryDirectory() as drawn:
@@ -59,10 +59,13 @@ def caption_images(root: str | Path, images: str | Path | None = None, num_train
         paths = sorted(path for path in source.glob("*/*") if path.suffix.lower() in endings)
         if not paths:
             raise ValueError(f"{source} holds no pictures in a folder per class: draw some, or leave --images out")
+        names = [path.relative_to(source) for path in paths]
+        others = {path.relative_to(root) for path in root.glob("*/*")} - set(names)
+        if others:
+            raise ValueError(f"{root} holds other pictures already, {min(others)} for one: name another folder")
         for path in paths:
             (root / path.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, root / path.relative_to(source))
-    names = [path.relative_to(source) for path in paths]
     lines = [json.dumps({"file_name": name.as_posix(), "text": caption(name.parent.name)}) for name in names]
     (root / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return root
@@ -96,7 +99,6 @@ def build_pipeline(seed: int = 0, width: int = 16) -> StableDiffusionPipeline:
     Returns:
         StableDiffusionPipeline: Without a safety checker.
     """
-    torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -110,28 +112,30 @@ def build_pipeline(seed: int = 0, width: int = 16) -> StableDiffusionPipeline:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[width, width],
-        norm_num_groups=8,
-        sample_size=32,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(text)
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            block_out_channels=[width, width],
+            norm_num_groups=8,
+            sample_size=32,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            layers_per_block=1,
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+            block_out_channels=[width, 2 * width],
+            norm_num_groups=8,
+            cross_attention_dim=2 * width,
+        )
     with torch.no_grad():
         vae.quant_conv.bias[4:] = -20.0  # a posterior without variance: what is drawn from it tells pictures apart
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=1,
-        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        block_out_channels=[width, 2 * width],
-        norm_num_groups=8,
-        cross_attention_dim=2 * width,
-    )
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
-    text_encoder = CLIPTextModel(text)
     return StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
