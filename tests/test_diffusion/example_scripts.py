@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -68,19 +69,26 @@ def run(source: str, *arguments: str) -> None:
 # ---- with a journal, killed -------------------------------------------------------------------------------
 
 
-def run_with_journal(name: str, folder: Path, kill_at: int, arguments: list[str]) -> None:
-    """The example, killed before a step is done; what it weighs is written down in ``folder``."""
+def run_with_journal(name: str, folder: Path, kill_from: int, arguments: list[str]) -> None:
+    """The example; what it weighs is written down in ``folder``.
+
+    From step ``kill_from`` on it is killed in the midst of a pruned pass, before the second step after a checkpoint of
+    that pass is done; never if ``kill_from`` is 0.
+    """
     folder.mkdir(exist_ok=True)
     written = (folder / f"journal.{os.environ.get('RANK', 0)}").open("a", buffering=1)
-    steps = itertools.count(1)
-    weigh, log = AcceleratedInfoBatch.weigh, Accelerator.log
+    step = 0
+    saved: dict[int, int] = {}  # the step of the last checkpoint within each pruned pass
+    weigh, log, save_state = AcceleratedInfoBatch.weigh, Accelerator.log, Accelerator.save_state
 
     def weigh_and_tell(self: AcceleratedInfoBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        batch = self._in_hand
+        nonlocal step
+        step += 1
+        batch, current = self._in_hand, self._pruner.pass_index
         weighted = weigh(self, *args, **kwargs)
         entry = {"index": batch.index.tolist(), "weights": batch.weights.tolist(), "loss": self.loss.item()}
         written.write(json.dumps(entry) + "\n")
-        if next(steps) == kill_at:
+        if kill_from and step >= max(kill_from, saved.get(current, math.inf) + 2):
             if dist.is_initialized():
                 dist.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -90,8 +98,16 @@ def run_with_journal(name: str, folder: Path, kill_at: int, arguments: list[str]
         written.write(json.dumps({"lr": values["lr"]}) + "\n")
         log(self, values, **kwargs)
 
+    def save_and_tell(self: Accelerator, *args: Any, **kwargs: Any) -> str:
+        (ours,) = (each for each in self._custom_objects if isinstance(each, AcceleratedInfoBatch))
+        plan = ours._pruner.plan
+        if ours._pruner.visited and not ours._is_pass_over and plan is not None and plan.pruned:
+            saved[ours._pruner.pass_index] = step
+        return save_state(self, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AcceleratedInfoBatch, "weigh", weigh_and_tell)
+        patch.setattr(Accelerator, "save_state", save_and_tell)
         patch.setattr(Accelerator, "log", log_and_tell)
         run(source_of(name), *arguments)
     written.close()
@@ -103,10 +119,10 @@ def told(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     return [{**step, **rate} for step, rate in itertools.zip_longest(lines[::2], lines[1::2], fillvalue={})]
 
 
-def launch(name: str, folder: Path, *more: str, kill_at: int = 0, launcher: list[str] | None = None) -> None:
+def launch(name: str, folder: Path, *more: str, kill_from: int = 0, launcher: list[str] | None = None) -> None:
     """The same in processes of its own, which are expected to end by the kill if there is one."""
     process = subprocess.Popen(
-        [sys.executable, *(launcher or []), __file__, name, str(folder), str(kill_at), *more],
+        [sys.executable, *(launcher or []), __file__, name, str(folder), str(kill_from), *more],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -116,7 +132,7 @@ def launch(name: str, folder: Path, *more: str, kill_at: int = 0, launcher: list
         output = process.communicate(timeout=200)[0]
     finally:
         process.terminate()
-    assert bool(process.returncode) == bool(kill_at), output[-4000:]
+    assert bool(process.returncode) == bool(kill_from), output[-4000:]
 
 
 def steps_saved(folder: Path) -> tuple[int, int]:

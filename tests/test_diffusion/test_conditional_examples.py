@@ -37,8 +37,8 @@ from .example_scripts import check_marks, launch, original, run, run_with_journa
 
 TEXT, LORA, DIT = NAMES = ("train_text_to_image.py", "train_text_to_image_lora.py", "train_dit.py")
 SAMPLES, EPOCHS = 22, 6
-#: In the midst of a pruned pass, some steps behind a checkpoint, on one process and on two.
-KILL_AT = 18
+#: The first step at which a run may be killed.
+KILL_FROM = 12
 COMMON = [
     *("--train_batch_size", "2", "--num_train_epochs", str(EPOCHS), "--gradient_accumulation_steps", "2"),
     *("--lr_scheduler", "cosine", "--lr_warmup_steps", "3", "--learning_rate", "1e-3", "--checkpointing_steps", "4"),
@@ -313,12 +313,13 @@ def test_images_without_captions_are_refused(scripts: dict[str, dict[str, Any]],
 
 def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(demo: Demo, pruned: dict[str, Path], tmp_path: Path):
     arguments, whole = demo.arguments(TEXT, tmp_path), told(pruned[TEXT])
-    launch(TEXT, tmp_path, *arguments, kill_at=KILL_AT)
-    assert [{**step, "lr": 0} for step in told(tmp_path)] == [{**step, "lr": 0} for step in whole[:KILL_AT]]
+    launch(TEXT, tmp_path, *arguments, kill_from=KILL_FROM)
+    begun = told(tmp_path)
+    assert [{**step, "lr": 0} for step in begun] == [{**step, "lr": 0} for step in whole[: len(begun)]]
     (tmp_path / "journal.0").unlink()
     saved, visited = steps_saved(tmp_path)
-    assert saved < KILL_AT and visited  # in the midst of a pass
-    assert max(gamma for step in whole[saved:KILL_AT] for gamma in step["weights"]) > 1  # which is pruned
+    assert saved < len(begun) < len(whole) and visited  # in the midst of a pass
+    assert max(gamma for step in whole[saved:] for gamma in step["weights"]) > 1
     run_with_journal(TEXT, tmp_path, 0, [*arguments, "--resume_from_checkpoint"])
     assert told(tmp_path) == whole[saved:]
     mine, theirs = weights(TEXT, tmp_path), weights(TEXT, pruned[TEXT])
@@ -330,16 +331,16 @@ def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(demo: Demo, pru
 @pytest.mark.dist
 def test_two_processes_killed_and_resumed_end_with_the_same_bits(demo: Demo, tmp_path: Path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    launch(DIT, straight, *demo.arguments(DIT, straight), launcher=accelerate_launch())
-    launch(DIT, killed, *demo.arguments(DIT, killed), kill_at=KILL_AT, launcher=accelerate_launch())
-    whole = [told(straight, rank) for rank in range(2)]
+    often = ["--checkpointing_steps", "1"]
+    launch(DIT, straight, *demo.arguments(DIT, straight), *often, launcher=accelerate_launch())
+    launch(DIT, killed, *demo.arguments(DIT, killed), *often, kill_from=KILL_FROM, launcher=accelerate_launch())
+    whole, begun = ([told(folder, rank) for rank in range(2)] for folder in (straight, killed))
     saved, visited = steps_saved(killed)
-    assert saved < KILL_AT and visited
-    assert max(gamma for step in whole[0][saved:KILL_AT] for gamma in step["weights"]) > 1
+    assert visited and max(gamma for steps in whole for step in steps[saved:] for gamma in step["weights"]) > 1
     for rank in range(2):
-        assert len(told(killed, rank)) == KILL_AT < len(whole[rank])
+        assert len(begun[rank]) == saved + 2 < len(whole[rank])
         (killed / f"journal.{rank}").unlink()
-    launch(DIT, killed, *demo.arguments(DIT, killed), "--resume_from_checkpoint", launcher=accelerate_launch())
+    launch(DIT, killed, *demo.arguments(DIT, killed), *often, "--resume_from_checkpoint", launcher=accelerate_launch())
     assert [told(killed, rank) for rank in range(2)] == [steps[saved:] for steps in whole]
     mine, theirs = weights(DIT, killed), weights(DIT, straight)
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)

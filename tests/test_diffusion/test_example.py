@@ -23,8 +23,8 @@ from .example_scripts import check_marks, launch, original, run, run_with_journa
 EXAMPLE = "train_unconditional.py"
 SOURCE = source_of(EXAMPLE)
 SAMPLES, EPOCHS = 22, 6
-#: In the midst of a pruned pass, some steps behind a checkpoint that is within a pass too.
-KILL_AT, KILL_TWO_AT = 18, 23
+#: The first step at which a run may be killed.
+KILL_FROM = 12
 ARGUMENTS = [
     *(
         "--resolution",
@@ -93,13 +93,13 @@ def test_without_pruning_it_is_the_original_script(pictures: Path, tmp_path: Pat
 def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(pictures: Path, tmp_path: Path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run_with_journal(EXAMPLE, straight, 0, where(pictures, straight))
-    launch(EXAMPLE, killed, *where(pictures, killed), kill_at=KILL_AT)
+    launch(EXAMPLE, killed, *where(pictures, killed), kill_from=KILL_FROM)
     whole, begun = told(straight), told(killed)
-    assert [{**step, "lr": 0} for step in begun] == [{**step, "lr": 0} for step in whole[:KILL_AT]]
+    assert [{**step, "lr": 0} for step in begun] == [{**step, "lr": 0} for step in whole[: len(begun)]]
     assert len(whole) < EPOCHS * SAMPLES / 2 and max(gamma for step in whole for gamma in step["weights"]) > 1
     (killed / "journal.0").unlink()
     saved, visited = steps_saved(killed)
-    assert saved < KILL_AT and visited  # in the midst of a pass
+    assert saved < len(begun) and visited  # in the midst of a pass
     run_with_journal(EXAMPLE, killed, 0, [*where(pictures, killed), "--resume_from_checkpoint"])
     assert told(killed) == whole[saved:]
     theirs, ours = weights(straight), weights(killed)
@@ -113,11 +113,11 @@ def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(pictures: Path,
 
 @pytest.mark.dist
 def test_killed_on_two_processes_it_goes_on_with_the_same_samples_on_one(pictures: Path, tmp_path: Path):
-    arguments = [*where(pictures, tmp_path), "--checkpointing_steps", "11"]
-    launch(EXAMPLE, tmp_path, *arguments, kill_at=KILL_TWO_AT, launcher=accelerate_launch())
+    arguments = [*where(pictures, tmp_path), "--checkpointing_steps", "1"]
+    launch(EXAMPLE, tmp_path, *arguments, kill_from=KILL_FROM, launcher=accelerate_launch())
     begun = [told(tmp_path, rank) for rank in range(2)]
     saved, visited = steps_saved(tmp_path)
-    assert [len(steps) for steps in begun] == [KILL_TWO_AT] * 2 and saved < KILL_TWO_AT - 1 and visited
+    assert [len(steps) for steps in begun] == [saved + 2] * 2 and visited
     (tmp_path / "journal.0").unlink()
     run_with_journal(EXAMPLE, tmp_path, 0, [*arguments, "--resume_from_checkpoint", "--train_batch_size", "4"])
     again = told(tmp_path)
