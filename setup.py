@@ -21,6 +21,7 @@ EXTRAS = {
     ],
     # Imports only where mmcv has its compiled operators (`make ops`); ftfy and regex are SAN's text encoder's.
     "det": ["onedl-mmdetection>=3.5", "ftfy", "regex"],
+    # transformers and peft are for the text-to-image examples alone.
     "diffusers": [
         "diffusers>=0.30",
         "accelerate>=1.0",
@@ -29,6 +30,8 @@ EXTRAS = {
         "pyyaml",
         "tensorboard",
         "datasets>=2.14",
+        "transformers>=4.41.2",
+        "peft>=0.17",
     ],
     "report": ["matplotlib>=3.7", "rich>=13"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "accelerate>=1.0"],
