@@ -30,6 +30,7 @@ EXTRAS = {
         "pyyaml",
         "tensorboard",
         "datasets>=2.14",
+        "torch-fidelity>=0.4",
         "transformers>=4.41.2",
         "peft>=0.17",
     ],

@@ -8,7 +8,7 @@ from typing import Any
 from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images
 
 
-def add_data_arguments(parser: argparse.ArgumentParser, resolution: int) -> Any:
+def add_data_arguments(parser: argparse.ArgumentParser, resolution: int | None) -> Any:
     """Options that name images, with a default resolution; returns their group."""
     data = parser.add_argument_group("data")
     data.add_argument("--train_data_dir", help="folder of images, at any depth")
