@@ -33,20 +33,11 @@ from infobatch_mm.diffusion.denoising import Denoising, draw, held_out_loss, los
 from infobatch_mm.diffusion.first_stage import fingerprint, load_first_stage, moments
 from infobatch_mm.diffusion.images import ImageFolder
 
+from .test_train_ldm import UNET
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ("eval_ldm", "train_ldm", "_ldm_options", "_images")
 IMAGES, HELD_OUT = 24, 10
-UNET = dict(
-    sample_size=4,
-    in_channels=3,
-    out_channels=3,
-    layers_per_block=1,
-    block_out_channels=[8, 16],
-    down_block_types=["DownBlock2D", "AttnDownBlock2D"],
-    up_block_types=["AttnUpBlock2D", "UpBlock2D"],
-    norm_num_groups=4,
-    attention_head_dim=8,
-)
 
 
 @pytest.fixture(autouse=True)
