@@ -286,7 +286,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         title=f"{first['num_samples']} samples, {first['num_images']} real images",
         caption="not comparable between these runs, whose first stages differ: first_stage_*" if several else None,
     )
-    result.add_column("")
+    result.add_column("", no_wrap=True)
     for name in results:
         result.add_column(name, justify="right")
     for key in ("fid", "kid", "first_stage_fd", "first_stage_kd"):
@@ -300,7 +300,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         # schedules of different lengths have different timesteps in their bands, but as many bands
         for band in range(len(first["held_out_loss_by_timestep"])):
             rows = [each["held_out_loss_by_timestep"][band] for each in results.values()]
-            label = f"  timesteps {rows[0]['first_timestep']} to {rows[0]['last_timestep']}"
+            label = f"  t {rows[0]['first_timestep']} to {rows[0]['last_timestep']}"
             result.add_row(label, *(f"{row['loss']:.5f}" for row in rows))
     return result
 
