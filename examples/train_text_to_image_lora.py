@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--resume_from_checkpoint", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--policy", default="infobatch", help="what to prune by: infobatch, random, none")  # (+)
-    parser.add_argument("--score", default="timestep", help="what a loss says of a picture: raw, ema, timestep")  # (+)
+    parser.add_argument("--score", default="timestep", choices=["raw", "ema", "timestep"])  # (+)
     return parser.parse_args(argv)
 
 

@@ -71,7 +71,7 @@ def table(
     """
     result = Table(title=title)
     for column in ("", _labelled(metric), "sample visits", "iterations", "wall-clock (s)"):
-        result.add_column(column, justify="right" if column else "left")
+        result.add_column(column, justify="right" if column else "left", no_wrap=not column)
     costs = ("visits", "iterations", "wall_time_s")
     for arm in seeds[0]:
         quality = _spread([rows[arm][metric] for rows in seeds], f".{decimals}f")

@@ -240,6 +240,12 @@ def _checked_level(log_snr: Tensor | None, losses: Tensor) -> Tensor:
             "score='timestep' needs the noise level of each sample: pass log_snr, the logarithm of its signal-to-noise "
             "ratio, with the losses, or use score='raw' or 'ema'"
         )
+    log_snr = torch.as_tensor(log_snr)
+    if not log_snr.is_floating_point():
+        raise ValueError(
+            f"log_snr holds {log_snr.dtype}: it is the logarithm of the signal-to-noise ratio, not the timestep; "
+            "infobatch_mm.diffusion.denoising.log_snr(scheduler, timesteps) gives that of a scheduler of diffusers"
+        )
     if log_snr.shape != losses.shape:
         raise ValueError(
             f"{losses.numel()} losses but log_snr of shape {tuple(log_snr.shape)}: one noise level for each sample is "

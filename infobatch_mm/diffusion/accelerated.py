@@ -133,6 +133,7 @@ class AcceleratedInfoBatch:
         self._loss: Tensor | None = None
         self._iterations = 0
         self._updates_done = 0
+        self._nonfinite_known = 0
         self._time_before = 0.0
         self._started = time.perf_counter()
         for earlier in [each for each in accelerator._custom_objects if isinstance(each, AcceleratedInfoBatch)]:
@@ -262,7 +263,7 @@ class AcceleratedInfoBatch:
         It may be called at any step, any number of times; in one process it does nothing.
         """
         if self._is_pass_over:
-            self._pruner.finish_pass()
+            self._finish_pass()
         self._pruner.store.merge()
 
     def logs(self) -> dict[str, float]:
@@ -343,6 +344,7 @@ class AcceleratedInfoBatch:
             schedule.pass_steps = self._pass_updates
         self._iterations = int(state["iterations"])
         self._updates_done = int(state["updates"])
+        self._nonfinite_known = self._pruner.store.num_nonfinite
         self._time_before = float(state["wall_time_s"])
         self._started = time.perf_counter()
         self._in_hand = None
@@ -381,7 +383,7 @@ class AcceleratedInfoBatch:
     def _walk(self, prepared: DataLoader) -> Iterator[Any]:
         """Walk the current pass from its first unvisited batch."""
         if self._is_pass_over:
-            self._pruner.finish_pass()
+            self._finish_pass()
         if not self._walks:
             self._check_schedulers()
         if self._pruner.finished:
@@ -466,7 +468,20 @@ class AcceleratedInfoBatch:
         # Where some processes have no last batch, they cannot meet the others before the next walk.
         meets = not geometry.ragged or (plan is not None and plan.pruned)
         if meets and self._is_pass_over:
-            pruner.finish_pass()
+            self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        """End the pass, and say so if some of it gave no scores."""
+        store = self._pruner.store
+        before = self._nonfinite_known
+        self._pruner.finish_pass()
+        self._nonfinite_known = store.num_nonfinite
+        if store.num_nonfinite > before and self._accelerator.is_main_process:
+            warnings.warn(
+                f"{store.num_nonfinite - before} visits of pass {self._pruner.pass_index} had a loss, or a noise level, that "
+                "is not finite: they are no scores, and samples without one are never pruned",
+                stacklevel=4,
+            )
 
     def _prunes(self, pass_index: int) -> bool:
         return self._pruner.policy.is_active(self._pruner.schedule.progress(pass_index))

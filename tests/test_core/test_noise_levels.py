@@ -212,6 +212,12 @@ def test_a_missing_or_misshapen_level_is_refused():
         store_of().record(torch.tensor([0]), torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"2 losses but log_snr of shape \(1,\)"):
         store_of().record(torch.tensor([0, 1]), torch.ones(2), log_snr=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"log_snr holds torch\.int64: .* not the timestep"):
+        store_of().record(torch.tensor([0, 1]), torch.ones(2), log_snr=torch.tensor([3, 999]))
+    store = store_of()
+    store.record(torch.tensor([0, 1]), torch.ones(2), log_snr=[0.5, 1.5])  # type: ignore[arg-type]
+    store.settle()
+    assert store.seen[:2].all()
 
 
 def test_the_caller_may_reuse_its_levels():
