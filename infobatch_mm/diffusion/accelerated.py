@@ -472,14 +472,13 @@ class AcceleratedInfoBatch:
 
     def _finish_pass(self) -> None:
         """End the pass, and say so if some of it gave no scores."""
-        store = self._pruner.store
-        before = self._nonfinite_known
         self._pruner.finish_pass()
-        self._nonfinite_known = store.num_nonfinite
-        if store.num_nonfinite > before and self._accelerator.is_main_process:
+        found = self._pruner.store.num_nonfinite
+        fresh, self._nonfinite_known = found - self._nonfinite_known, found
+        if fresh and self._accelerator.is_main_process:
             warnings.warn(
-                f"{store.num_nonfinite - before} visits of pass {self._pruner.pass_index} had a loss, or a noise level, that "
-                "is not finite: they are no scores, and samples without one are never pruned",
+                f"{fresh} visits of pass {self._pruner.pass_index} had a loss, or a noise level, "
+                "that is not finite: they are no scores, and samples without one are never pruned",
                 stacklevel=4,
             )
 
