@@ -34,7 +34,8 @@ from tqdm.auto import tqdm
 from infobatch_mm.core import ScoreStore
 from infobatch_mm.core.noise_levels import NoiseLevels
 from infobatch_mm.core.scores import SCORES
-from infobatch_mm.diffusion.denoising import Denoising, draw, log_snr
+from infobatch_mm.core.summary import SCORES_FILE
+from infobatch_mm.diffusion.denoising import Denoising, draw, in_part, log_snr
 from infobatch_mm.diffusion.latents import CachedLatents
 
 #: A seed that no training has.
@@ -56,7 +57,7 @@ class Looks:
         columns = []
         for number in tqdm(range(draws), "spread draws" if spread else "visits", leave=False):
             drawn = draw(range(len(latents)), latents.shape[1:], total, SEED, number, int(spread))
-            timesteps = (drawn.timesteps + number * total) // draws if spread else drawn.timesteps
+            timesteps = in_part(drawn.timesteps, number, draws, total) if spread else drawn.timesteps
             losses = []
             for part in torch.arange(len(latents)).split(BATCH):
                 with torch.no_grad():
@@ -91,7 +92,7 @@ def squared_gradients(pipeline: LDMPipeline, latents: Tensor, draws: int) -> np.
     result = np.zeros((len(latents), draws))
     for number in tqdm(range(draws), "gradients", leave=False):
         drawn = draw(range(len(latents)), latents.shape[1:], total, SEED, number, 2)
-        timesteps = (drawn.timesteps + number * total) // draws
+        timesteps = in_part(drawn.timesteps, number, draws, total)
         for i in range(len(latents)):
             one = slice(i, i + 1)
             losses, _ = denoising.losses(
@@ -113,7 +114,7 @@ def added_variance(ranked: np.ndarray, squares: np.ndarray, quantile: float, pru
     low, high = squares[order[:count]].mean(), squares[order[count:]].mean()
     saved = quantile * prune_ratio
     at_random = saved / (1 - saved) * squares.mean()
-    return quantile * prune_ratio / (1 - prune_ratio) * low / at_random, high / low
+    return saved / (1 - prune_ratio) * low / at_random, high / low
 
 
 def overlap(first: np.ndarray, second: np.ndarray, quantile: float) -> float:
@@ -124,7 +125,7 @@ def overlap(first: np.ndarray, second: np.ndarray, quantile: float) -> float:
 
 def look(folder: Path, latents_dir: Path, args: argparse.Namespace, console: Console) -> None:
     """Measure one run."""
-    found = np.load(folder / "infobatch_scores.npz")
+    found = np.load(folder / SCORES_FILE)
     cached = CachedLatents(latents_dir, found["name"].tolist())
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(np.isfinite(found["score"])))[: args.images]
     latents = torch.stack([cached[int(i)]["latents"] for i in chosen])

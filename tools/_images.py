@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images
+from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images, check_images
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, resolution: int | None) -> Any:
@@ -31,3 +31,16 @@ def open_images(args: argparse.Namespace) -> Images:
     if args.train_data_dir is not None:
         return ImageFolder(args.train_data_dir, *how)
     return HubImages(args.dataset_name, *how, config=args.dataset_config_name, cache_dir=args.cache_dir)
+
+
+def open_held_out(args: argparse.Namespace) -> Images | None:
+    """The images below ``--eval_data_dir``, the middle of each, or None.
+
+    Raises:
+        ValueError: If some cannot be used.
+    """
+    if args.eval_data_dir is None:
+        return None
+    images = ImageFolder(args.eval_data_dir, args.resolution, center_crop=True)
+    check_images(images)
+    return images

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from _images import add_data_arguments, open_images
+from _images import add_data_arguments, open_held_out, open_images
 from diffusers import DDPMScheduler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
-from train_ldm import encoded, predictor
+from train_ldm import all_encoded, predictor
 
 from infobatch_mm.core.summary import SCORES_FILE
 from infobatch_mm.diffusion.denoising import Denoising, losses_over_timesteps
@@ -44,7 +44,7 @@ from infobatch_mm.diffusion.evaluation import (
     sample,
 )
 from infobatch_mm.diffusion.first_stage import fingerprint
-from infobatch_mm.diffusion.images import ImageFolder, Images, check_images, fingerprint_images
+from infobatch_mm.diffusion.images import Images, check_images, fingerprint_images
 
 #: Written for each run.
 RESULT_FILE, GRID_FILE, SCORES_PICTURE = "evaluation.json", "samples.png", "scores.png"
@@ -128,10 +128,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     images = open_images(args)
     check_images(images)
     check_counts(args.num_samples, len(images), args.kid_subset_size)
-    held_out = None
-    if args.eval_data_dir is not None:
-        held_out = ImageFolder(args.eval_data_dir, args.resolution, center_crop=True)
-        check_images(held_out)
+    held_out = open_held_out(args)
     outputs = output_dirs(args, runs)
     about |= {name: getattr(args, name) for name in ("num_samples", "ddpm_num_inference_steps", "eta", "seed")}
     about |= {"kid_subset_size": args.kid_subset_size, "kid_subsets": args.kid_subsets}
@@ -177,12 +174,10 @@ def measure(
         result |= {_NAMES[space][key]: value for key, value in found.items()}
     if held_out is not None:
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        parts = torch.arange(len(held_out)).split(args.batch_size)
-        latents = torch.cat([encoded(pipeline.vqvae, held_out, part.tolist()).cpu() for part in parts])
         losses = losses_over_timesteps(
             Denoising(scheduler),
             predictor(pipeline.unet),
-            [{"latents": each} for each in latents],
+            all_encoded(pipeline.vqvae, held_out, args.batch_size),
             device,
             args.batch_size,
             args.draws_per_image,

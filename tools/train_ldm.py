@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _images import open_images
+from _images import open_held_out, open_images
 from _ldm_options import parse_options
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -38,7 +38,7 @@ from infobatch_mm.core.summary import differences
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 from infobatch_mm.diffusion.denoising import Denoising, Draws, draw, held_out_loss, log_snr
 from infobatch_mm.diffusion.first_stage import check_fits, fingerprint, latent_shape, load_first_stage, moments
-from infobatch_mm.diffusion.images import ImageFolder, Images, check_images, fingerprint_images
+from infobatch_mm.diffusion.images import Images, check_images, fingerprint_images
 from infobatch_mm.diffusion.latents import CachedLatents, cache_latents
 
 #: Within a checkpoint: the options of its run.
@@ -120,10 +120,7 @@ def train(args: argparse.Namespace) -> None:
     seen = fingerprint_images(images)
     if accelerator.is_main_process:
         warn_of_scale(vae, images)
-    held_out = None
-    if args.eval_data_dir is not None:
-        held_out = ImageFolder(args.eval_data_dir, args.resolution, center_crop=True)
-        check_images(held_out)
+    held_out = open_held_out(args)
     dataset: Images | CachedLatents = images
     if args.cache_latents:
         cache_dir = Path(args.latents_dir or output_dir / "latents")
@@ -219,9 +216,7 @@ def train(args: argparse.Namespace) -> None:
         with averaged(model, ema):
             build_pipeline(vae, model, noise_scheduler).save_pretrained(output_dir)
             if held_out is not None:
-                parts = torch.arange(len(held_out)).split(args.train_batch_size)
-                latents = torch.cat([encoded(vae, held_out, part.tolist()).cpu() for part in parts])
-                items = [{"latents": each} for each in latents]
+                items = all_encoded(vae, held_out, args.train_batch_size)
                 loss = held_out_loss(denoising, predictor(model), items, accelerator.device)
                 (output_dir / METRICS_FILE).write_text(json.dumps({"held_out_loss": loss}) + "\n")
                 print(f"held-out denoising loss {loss:.6f}")
@@ -263,6 +258,12 @@ def encoded(vae: nn.Module, images: Images, indices: Sequence[int]) -> Tensor:
     """The latents of some images, without chance; shape ``(len(indices), C, h, w)``."""
     pixels = torch.stack([images.fixed(index) for index in indices])
     return moments(vae, pixels.to(next(vae.parameters()).device))[0]
+
+
+def all_encoded(vae: nn.Module, images: Images, batch_size: int) -> list[dict[str, Tensor]]:
+    """The latents of all images, without chance, on the CPU, as items with ``latents``, shape ``(C, h, w)``."""
+    parts = torch.arange(len(images)).split(batch_size)
+    return [{"latents": each} for part in parts for each in encoded(vae, images, part.tolist()).cpu()]
 
 
 def build_lr_scheduler(

@@ -89,9 +89,7 @@ class ScoreStore:
         """
         losses = losses.detach().to(torch.float32, copy=True)
         valid = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid.clone()
-        level = losses
-        if self._levels is not None:
-            level = _checked_level(log_snr, losses)
+        level = losses if self._levels is None else _checked_level(log_snr, losses)
         self._pending.append((indices.clone(), losses, valid, level))
         if len(self._pending) >= _FLUSH_EVERY:
             self.flush()

@@ -65,6 +65,21 @@ def draw(
     return Draws(noise, timesteps, generators)
 
 
+def in_part(timesteps: Tensor, part: int, parts: int, num_timesteps: int) -> Tensor:
+    """Timesteps of the whole schedule, brought into one of so many equal parts of it.
+
+    Args:
+        timesteps (Tensor): Uniform in [0, T), shape ``(B,)``, int64.
+        part (int): Which part, from 0.
+        parts (int): How many.
+        num_timesteps (int): T.
+
+    Returns:
+        Tensor: Of the same shape and dtype, uniform in that part.
+    """
+    return (timesteps + part * num_timesteps) // parts
+
+
 def log_snr(scheduler: Any, timesteps: Tensor) -> Tensor:
     """Logarithm of the signal-to-noise ratio of noisy images: their noise level, for ``score='timestep'``.
 
@@ -179,7 +194,7 @@ def losses_over_timesteps(
         columns = []
         for repeat in range(draws_per_image):
             drawn = draw(range(first, first + len(clean)), clean.shape[1:], num_timesteps, 0, _HELD_OUT, repeat)
-            timesteps = (drawn.timesteps + repeat * num_timesteps) // draws_per_image
+            timesteps = in_part(drawn.timesteps, repeat, draws_per_image, num_timesteps)
             _, losses = denoising.losses(model, clean.to(device), drawn.noise.to(device), timesteps.to(device))
             columns.append(losses.double().cpu())
         rows.append(torch.stack(columns, dim=1))

@@ -28,6 +28,8 @@ from diffusers import LDMPipeline, UNet2DModel, VQModel
 from launching import accelerate_launch, forget_accelerators
 from safetensors.torch import load_file
 
+from infobatch_mm.diffusion.images import ImageFolder
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ("train_ldm", "_ldm_options", "compare_ldm", "_report", "_arms")
 IMAGES = 22
@@ -195,7 +197,7 @@ def test_weights_of_one_give_the_losses_of_a_loop_without_us(
     accelerator = Accelerator(cpu=True, dataloader_config=config)
     args = train_ldm.parse_options(flags(material, tmp_path / "unused"))
     vae = train_ldm.load_first_stage(args.vae)
-    images = train_ldm.ImageFolder(args.train_data_dir, 8)
+    images = ImageFolder(args.train_data_dir, 8)
     latents = torch.stack([train_ldm.moments(vae, images.fixed(i)[None])[0][0] for i in range(IMAGES)])
     loader = torch.utils.data.DataLoader(range(IMAGES), 4, shuffle=True)
     train_ldm.set_seed(0)
@@ -248,7 +250,7 @@ def test_scores_are_what_they_say_of_the_losses_of_all_visits(
     passes, options = 3, {"policy": "none", "learning_rate": 0, "score": score, "snr_gamma": 5}
     train_ldm.main(flags(material, tmp_path, num_epochs=passes, **options))
     pipeline = LDMPipeline.from_pretrained(tmp_path)
-    images = train_ldm.ImageFolder(material / "images", 8)
+    images = ImageFolder(material / "images", 8)
     latents = train_ldm.encoded(pipeline.vqvae, images, range(IMAGES))
     visits = []
     for number in range(passes):
