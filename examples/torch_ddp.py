@@ -4,7 +4,7 @@ python examples/torch_ddp.py
 torchrun --nproc_per_node 2 examples/torch_ddp.py --resume
 accelerate launch --multi_gpu --num_processes 2 examples/torch_ddp.py
 
-The lines that InfoBatch needs are marked with (1) to (6). Without a GPU the processes meet over gloo, also under
+The lines that InfoBatch needs are marked with (1) to (7). Without a GPU the processes meet over gloo, also under
 accelerate's --multi_gpu, as this script joins them by itself; accelerate's --cpu starts a single process.
 """
 
@@ -21,7 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import Dataset
 
 from infobatch_mm import InfoBatch
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None, on_step: Callable[[InfoBatch, Tensor
         torch.cuda.set_device(device)
     if "RANK" in os.environ:  # started by torchrun or accelerate
         dist.init_process_group("nccl" if on_gpu else "gloo")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank = dist.get_rank() if dist.is_initialized() else 0
 
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
@@ -75,33 +76,34 @@ def main(argv: Sequence[str] | None = None, on_step: Callable[[InfoBatch, Tensor
     data = Stripes(args.samples, seed=0)
     # (1) After the process group, equal on every process. item_seed: augmentations repeat after a resume.
     infobatch = InfoBatch(len(data), args.epochs, prune_ratio=0.5, batch_size=args.batch_size, seed=0, item_seed=True)
-    # (2) Its sampler gives every process its share of each pass; no DistributedSampler, no set_epoch.
-    loader = DataLoader(
-        infobatch.attach(data), args.batch_size // world, sampler=infobatch.sampler, num_workers=args.workers
-    )
+    # (2) Its loader gives every process its share of each pass; no DistributedSampler, no set_epoch.
+    loader = infobatch.loader(data, num_workers=args.workers)
+    # (3) A schedule for the unpruned training, stepped by progress: a pruned pass takes it as far as a full one.
+    scheduler = infobatch.schedule(CosineAnnealingLR(optimizer, args.epochs * len(loader)))
     step = 0
     if args.resume:
         saved = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        infobatch.load_state_dict(saved["infobatch"])  # (3) on as many processes as you like
+        scheduler.load_state_dict(saved["scheduler"])
+        infobatch.load_state_dict(saved["infobatch"])  # (4) on as many processes as you like
         step = saved["step"]
 
-    for epoch in range(infobatch.summary()["passes_done"], args.epochs):  # (4) the first may be the rest of a pass
-        for group in optimizer.param_groups:  # by epochs: a pruned pass takes it as far as a full one
-            group["lr"] = 0.1 * (1 - epoch / args.epochs)
-        for index, (images, labels) in loader:  # (5) attach() yields (index, item)
+    for _ in range(infobatch.passes_done, args.epochs):  # (5) the first may be the rest of a pass
+        for index, (images, labels) in loader:  # (6) the index stays on the CPU
             if on_step is not None:
                 on_step(infobatch, index)
             losses = F.cross_entropy(model(images.to(device)), labels.to(device), reduction="none")
-            infobatch.weigh(losses, index).backward()  # (6) one loss per sample in, a scalar out
+            infobatch.weigh(losses, index).backward()  # (7) one loss per sample in, a scalar out
             optimizer.step()
             optimizer.zero_grad()
+            scheduler.step()
             step += 1
             if step % args.interval == 0:
-                infobatch.merge()  # (3) on all processes, then one of them writes
+                infobatch.merge()  # (4) on all processes, then one of them writes
                 if rank == 0:
-                    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                    parts = {"model": net, "optimizer": optimizer, "scheduler": scheduler}
+                    state = {name: part.state_dict() for name, part in parts.items()} | {"step": step}
                     partial = args.checkpoint.with_suffix(".tmp")
                     torch.save({**state, "infobatch": infobatch.state_dict()}, partial)
                     os.replace(partial, args.checkpoint)  # at once: a kill leaves the last one whole

@@ -1,6 +1,7 @@
 """Train on fewer samples with no loss of quality: unbiased dynamic data pruning."""
 
-from .core import InfoBatch, InfoBatchPolicy, NoPruning, Plan, PruningPolicy
+from .core import InfoBatchPolicy, NoPruning, Plan, PruningPolicy, keeps_order
+from .loop import InfoBatch
 from .version import __version__
 
-__all__ = ["InfoBatch", "InfoBatchPolicy", "NoPruning", "Plan", "PruningPolicy", "__version__"]
+__all__ = ["InfoBatch", "InfoBatchPolicy", "NoPruning", "Plan", "PruningPolicy", "__version__", "keeps_order"]

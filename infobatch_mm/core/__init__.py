@@ -1,6 +1,6 @@
 """Scores, plans, policies and samplers; knows torch and numpy only."""
 
-from .infobatch import InfoBatch
+from .collate import keeps_order
 from .plan import Plan, full_plan, thinned_plan
 from .policies import AnnealedPolicy, InfoBatchPolicy, NoPruning, PruningPolicy, RandomPolicy, build_policy
 from .pruner import Pruner
@@ -11,7 +11,6 @@ from .scores import ScoreStore
 __all__ = [
     "AnnealedPolicy",
     "EpochSchedule",
-    "InfoBatch",
     "InfoBatchPolicy",
     "IterSchedule",
     "NoPruning",
@@ -24,5 +23,6 @@ __all__ = [
     "ScoreStore",
     "build_policy",
     "full_plan",
+    "keeps_order",
     "thinned_plan",
 ]

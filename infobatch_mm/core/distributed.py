@@ -1,4 +1,8 @@
-"""The few collectives that the scores need; no-ops in a single process."""
+"""The few collectives that the scores need; no-ops in a single process.
+
+``group`` is the process group among which the data is shared, None for all processes: with tensor or pipeline
+parallelism several processes see the same samples, and only one of them belongs to it.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +13,61 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+#: A ``torch.distributed.ProcessGroup``, or None for all processes.
+Group = Any
 
 
 def _initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def world_size() -> int:
+def world_size(group: Group = None) -> int:
     """Number of processes, 1 where ``torch.distributed`` is not initialised."""
-    return dist.get_world_size() if _initialized() else 1
+    return dist.get_world_size(group) if _initialized() else 1
 
 
-def rank() -> int:
+def rank(group: Group = None) -> int:
     """Rank of this process, 0 where ``torch.distributed`` is not initialised."""
-    return dist.get_rank() if _initialized() else 0
+    return dist.get_rank(group) if _initialized() else 0
 
 
-def all_gather_ragged(tensor: Tensor) -> list[Tensor]:
+def all_gather_ragged(tensor: Tensor, group: Group = None) -> list[Tensor]:
     """Gather one 1-D CPU tensor per rank; lengths may differ, the dtype must not.
 
     Args:
         tensor (Tensor): This rank's tensor, shape ``(n_rank,)``, any dtype, on the CPU.
+        group (ProcessGroup, optional): Among whom. Defaults to all processes.
 
     Returns:
         list[Tensor]: One tensor per rank in rank order, on the CPU, dtype unchanged.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [tensor]
     # NCCL moves device memory only.
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    on_gpu = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     length = torch.tensor([tensor.numel()], dtype=torch.int64, device=device)
-    lengths = [torch.zeros_like(length) for _ in range(world_size())]
-    dist.all_gather(lengths, length)
+    lengths = [torch.zeros_like(length) for _ in range(world_size(group))]
+    dist.all_gather(lengths, length, group)
     sizes = [int(n) for n in lengths]
     padded = torch.zeros(max(sizes), dtype=tensor.dtype, device=device)
     padded[: tensor.numel()] = tensor.to(device)
     gathered = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group)
     return [part[:size].cpu() for part, size in zip(gathered, sizes, strict=True)]
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: Group = None) -> list[T]:
     """Everyone's value, in the order of the ranks; every process must call it.
 
     Args:
         value: Anything that can be pickled.
+        group (ProcessGroup, optional): Among whom. Defaults to all processes.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group)
     return values
 
 
@@ -76,18 +85,19 @@ def raise_together(error: str | None) -> None:
             raise ValueError(found)
 
 
-def require_equal(**values: Any) -> None:
+def require_equal(group: Group = None, /, **values: Any) -> None:
     """Refuse to go on where processes differ in what must be one; every process must call it.
 
     Args:
+        group (ProcessGroup, optional): Among whom. Defaults to all processes.
         values: What to compare, by name; plain values with a ``repr``.
 
     Raises:
         ValueError: On every process, with the values of rank 0 and of the first rank that differs.
     """
-    if world_size() == 1:
+    if world_size(group) == 1:
         return
-    everyones = gather({name: repr(value) for name, value in values.items()})
+    everyones = gather({name: repr(value) for name, value in values.items()}, group)
     for other, theirs in enumerate(everyones):
         for name, value in everyones[0].items():
             if theirs[name] != value:

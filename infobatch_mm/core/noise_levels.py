@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributed import all_gather_ragged, world_size
+from .distributed import Group, all_gather_ragged, world_size
 
 #: Width of a bin of log-SNR: over it the mean loss of a diffusion model changes by less than images differ.
 BIN_WIDTH = 0.25
@@ -33,9 +33,13 @@ class NoiseLevels:
 
     Losses are held until the pass is over (:meth:`settle`), because only then their means are known: they
     are the same on any number of processes, whatever the order of the batches.
+
+    Args:
+        group (ProcessGroup, optional): The processes that share the data. Defaults to all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Group = None) -> None:
+        self._group = group
         self._own: list[_Held] = []  # this rank's, which the others do not know
         self._merged: list[_Held] = []
         self._sums = np.zeros((2, NUM_BINS))  # of the losses, and how many
@@ -60,9 +64,9 @@ class NoiseLevels:
 
     def merge(self) -> None:
         """Exchange what is held; every rank must call it."""
-        if world_size() == 1:
+        if world_size(self._group) == 1:
             return
-        parts = [all_gather_ragged(each) for each in _joined(self._own)]
+        parts = [all_gather_ragged(each, self._group) for each in _joined(self._own)]
         self._merged.extend(zip(*parts, strict=True))
         self._own = []
 
@@ -100,7 +104,7 @@ class NoiseLevels:
     @property
     def unmerged(self) -> bool:
         """Whether this rank holds losses that the other ranks have not seen yet."""
-        return world_size() > 1 and bool(self._own)
+        return world_size(self._group) > 1 and bool(self._own)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The losses held and the running sums, as plain tensors."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from . import noise_levels, rng
+from .distributed import Group, gather, world_size
 from .plan import Plan, full_plan
 from .policies import PruningPolicy
 from .schedule import Schedule
 from .scores import ScoreStore
+from .weights import PlanWeights
 
 #: 2 where scores are averages, 3 where they are by noise level, which the versions before do not know of.
 STATE_VERSION = 3
@@ -48,17 +50,21 @@ class Pruner:
             so that augmentations repeat after a resume. Defaults to False.
         score_ema (float, optional): Decay of the average that is a sample's score; see :class:`.ScoreStore`.
         score (str, optional): What samples are ranked by; see :class:`.ScoreStore`. Defaults to their last loss.
+        group (ProcessGroup, optional): The processes that share the data. Defaults to all.
 
     Attributes:
         store (ScoreStore): The scores.
         plan (Plan, optional): The plan in flight.
         pass_index (int): Number of finished passes.
-        visited (int): Visits of the plan in flight that are done, over all processes.
+        visited (int): Visits of the plan in flight that were handed out, over all processes: the position in it.
+        own_skipped (int): Of these, visits that this process did not weigh, and has not told the others of.
         visits_before (int): Visits that no pass in :attr:`history` accounts for: those of a run that was not
             pruned so far, or of a pass that was drawn anew.
         full_before (int): What the unpruned run would have made in their place, as far as it differs from what
             the schedule says.
-        history (list[dict]): One entry per finished pass: ``pass, kept, kept_ratio, threshold, score_mean``.
+        group (ProcessGroup, optional): As above.
+        history (list[dict]): One entry per finished pass: ``pass, kept, skipped, kept_ratio, threshold, score_mean``;
+            ``kept`` counts visits that were weighed, ``skipped`` those that were only handed out.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class Pruner:
         item_seed: bool = False,
         score_ema: float | None = None,
         score: str | None = None,
+        group: Group = None,
     ) -> None:
         self.schedule = schedule
         self.policy = policy
@@ -80,14 +87,18 @@ class Pruner:
         self.shuffle = shuffle
         self.fingerprint = fingerprint
         self.item_seed = item_seed
-        self.store = ScoreStore(schedule.num_samples, score_ema, score)
+        self.store = ScoreStore(schedule.num_samples, score_ema, score, group)
+        self.group = group
         self.plan: Plan | None = None
         self.pass_index = 0
         self.visited = 0
+        self.own_skipped = 0
+        self._skipped = 0  # what all processes know of
+        self._corrections: dict[int, int] = {}
         self.visits_before = 0
         self.full_before = 0
         self.history: list[dict[str, Any]] = []
-        self._dense: dict[torch.device, Tensor] = {}
+        self._weights: PlanWeights | None = None
 
     # ---- a pass -----------------------------------------------------------------------------------
 
@@ -137,7 +148,8 @@ class Pruner:
             raise ValueError(
                 f"sample index {_first(indices, outside)} is outside the data set of {num_samples} samples"
             )
-        weights = self._dense_weights(indices.device)[indices]
+        assert self._weights is not None
+        weights = self._weights(indices)
         # A look at CPU memory costs nothing; on a device it would make the step wait.
         if on_cpu and bool((weights == 0).any()):
             raise ValueError(
@@ -171,26 +183,84 @@ class Pruner:
         """Iterations of the plan in flight that are done."""
         return min(self.batches, -(-self.visited // self.schedule.batch_size))
 
-    def finish_pass(self) -> dict[str, Any]:
+    @property
+    def skipped(self) -> int:
+        """Visits of the plan in flight that were handed out and not weighed, as far as this process knows."""
+        return self._skipped + self.own_skipped
+
+    def correct(self, pass_index: int, weighed: int) -> None:
+        """Book visits that this process weighed only after their pass had been booked."""
+        if world_size(self.group) == 1:
+            self._weighed_later(pass_index, weighed)
+        else:
+            self._corrections[pass_index] = self._corrections.get(pass_index, 0) + weighed
+
+    def merge(self) -> None:
+        """Exchange scores and counts of this pass among the processes; every process must call it."""
+        self.store.merge()
+        skipped, corrections = zip(*gather((self.own_skipped, self._corrections), self.group), strict=True)
+        self._skipped += sum(skipped)
+        self.own_skipped, self._corrections = 0, {}
+        for pass_index, weighed in (each for own in corrections for each in own.items()):
+            self._weighed_later(pass_index, weighed)
+
+    def _weighed_later(self, pass_index: int, visits: int) -> None:
+        for entry in self.history:
+            if entry["pass"] == pass_index:
+                entry["kept"] += visits
+                entry["skipped"] = max(0, entry.get("skipped", 0) - visits)
+                entry["kept_ratio"] = self._kept_ratio(pass_index, entry["kept"])
+
+    def finish_pass(self, together: bool = True) -> dict[str, Any]:
         """Merge the scores over processes, book the pass, move on to the next.
 
         Every process must call it. Returns the entry of :attr:`history`.
+
+        Args:
+            together (bool): Whether to exchange anything; not where all processes know the same already.
         """
-        self.store.merge()
+        if together:
+            self.merge()
         self.store.settle()
-        kept = self.visited if self.plan is None else min(self.visited, len(self.plan))
-        entry = {
-            "pass": self.pass_index,
-            "kept": kept,
-            "kept_ratio": kept / max(1, self.schedule.full_visits(self.pass_index)),
-            "threshold": None if self.plan is None else self.plan.threshold,
-            "score_mean": self.score_mean,
-        }
+        entry = self._entry()
         self.history.append(entry)
         self._set_plan(None)
         self.pass_index += 1
-        self.visited = 0
+        self._stand_at_begin()
         return entry
+
+    def _entry(self) -> dict[str, Any]:
+        """The books of the pass in hand, as if it was over."""
+        kept = self._weighed
+        return {
+            "pass": self.pass_index,
+            "kept": kept,
+            "skipped": self.skipped,
+            "kept_ratio": self._kept_ratio(self.pass_index, kept),
+            "threshold": None if self.plan is None else self.plan.threshold,
+            "score_mean": self.score_mean,
+        }
+
+    def _kept_ratio(self, pass_index: int, kept: int) -> float:
+        return kept / max(1, self.schedule.full_visits(pass_index))
+
+    @property
+    def _weighed(self) -> int:
+        """Visits of the pass in hand that were weighed; repeated ones, which round a full pass up, do not count."""
+        return (self.visited if self.plan is None else min(self.visited, len(self.plan))) - self.skipped
+
+    def _stand_at_begin(self) -> None:
+        self.visited = self._skipped = self.own_skipped = 0
+
+    def reschedule(self, schedule: Schedule) -> None:
+        """Take another schedule of the same kind, for what a host says only later.
+
+        Where its batches differ, the pass in flight is drawn again and as much of it visited as was left.
+        """
+        differs = schedule.batch_size != self.schedule.batch_size
+        self.schedule = schedule
+        if differs and self.plan is not None:
+            self.start_at(self.pass_index, self.visited, max(1, len(self.plan)))
 
     def start_at(self, pass_index: int, done: int = 0, of: int = 1) -> None:
         """Go to a position of the schedule; a pass that is begun there is drawn anew.
@@ -205,7 +275,7 @@ class Pruner:
         seen, full = self.samples_seen, self.samples_full
         self._set_plan(None)
         self.pass_index = pass_index
-        self.visited = 0
+        self._stand_at_begin()
         self.history = [entry for entry in self.history if entry["pass"] < pass_index]
         if done and not self.finished:
             visits, batch = len(self.begin_pass()), self.schedule.batch_size
@@ -235,8 +305,13 @@ class Pruner:
 
     @property
     def samples_seen(self) -> int:
-        """Visits made so far, over all processes."""
-        return self.visits_before + sum(entry["kept"] for entry in self.history) + self.visited
+        """Visits made so far, over all processes: weighed ones."""
+        return self.visits_before + sum(entry["kept"] for entry in self.history) + self.visited - self.skipped
+
+    @property
+    def visits_skipped(self) -> int:
+        """Visits that were handed out and not weighed, over all processes as far as this one knows."""
+        return sum(entry.get("skipped", 0) for entry in self.history) + self.skipped
 
     @property
     def samples_full(self) -> int:
@@ -248,8 +323,9 @@ class Pruner:
 
     @property
     def saved_ratio(self) -> float:
-        """Share of visits avoided so far, in [0, 1)."""
-        return 1 - self.samples_seen / self.samples_full if self.samples_full else 0.0
+        """Share of visits avoided so far, in [0, 1). One that was handed out was not avoided, weighed or not."""
+        handed_out = self.samples_seen + self.visits_skipped
+        return 1 - handed_out / self.samples_full if self.samples_full else 0.0
 
     def scalars(self) -> dict[str, float]:
         """What a host logs of the last finished pass, those that there are; empty before there is one."""
@@ -264,10 +340,11 @@ class Pruner:
         }
         return {name: value for name, value in scalars.items() if value is not None}
 
-    def summary(self, **counts: Any) -> dict[str, Any]:
+    def summary(self, is_over: bool = False, **counts: Any) -> dict[str, Any]:
         """The books as plain numbers, ready for JSON.
 
         Args:
+            is_over (bool): Whether to count the pass in hand as done, which the processes have yet to book together.
             counts: What the host counts itself, to stand before the passes.
         """
         settings = {"policy": self.policy.name, "prune_ratio": None, "delta": None, **self.policy.settings()}
@@ -277,27 +354,32 @@ class Pruner:
             "score": self.store.score,
             "score_ema": self.store.score_ema,
             "num_samples": self.schedule.num_samples,
-            "passes_done": self.pass_index,
+            "passes_done": self.pass_index + is_over,
             "passes_total": int(total) if total.is_integer() else total,
             "samples_seen": self.samples_seen,
             "samples_full": self.samples_full,
             "saved_ratio": self.saved_ratio,
+            "visits_skipped": self.visits_skipped,
             "nonfinite_losses": self.store.num_nonfinite,
             "unusable_samples": self.store.num_invalid,
             "seed": self.seed,
             **counts,
-            "per_pass": list(self.history),
+            "per_pass": [dict(entry) for entry in [*self.history, *([self._entry()] if is_over else [])]],
         }
 
     # ---- state ------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, plan: Plan | None = None) -> dict[str, Any]:
         """Everything that cannot be recomputed: plain tensors and numbers, no collectives.
 
-        Call :meth:`ScoreStore.merge` on all processes first; what is not merged is this process's alone
+        Call :meth:`merge` on all processes first; what is not merged is this process's alone
         and the state says so.
+
+        Args:
+            plan (Plan, optional): The plan in flight, where its visits were made in another order. Defaults to
+                :attr:`plan`.
         """
-        plan = self.plan
+        plan = plan or self.plan
         return {
             "version": 3 if self.store.score == "timestep" else 2 if self.store.score_ema else 1,
             "num_samples": self.schedule.num_samples,
@@ -306,11 +388,12 @@ class Pruner:
             "score": self.store.score,
             "score_ema": self.store.score_ema,
             "batch_size": self.schedule.batch_size,
-            "schedule": {**self.schedule.settings(), "pass_samples": self.schedule.full_visits(self.pass_index)},
+            "schedule": {**self.schedule.settings(), "pass_samples": self.schedule.plan_visits(self.pass_index)},
             "seed": self.seed,
             **self.store.state_dict(),
             "pass_index": self.pass_index,
             "visited": self.visited,
+            "skipped": self.skipped,
             "visits_before": self.visits_before,
             "full_before": self.full_before,
             "plan": None
@@ -413,13 +496,15 @@ class Pruner:
             if plan is None
             else Plan(plan["indices"].cpu(), plan["weights"].cpu(), bool(plan["pruned"]), plan["threshold"])
         )
-        self.visited = int(state["visited"])
+        self._stand_at_begin()
+        self.visited, self._skipped = int(state["visited"]), int(state.get("skipped", 0))
+        self._corrections = {}
         self.visits_before = int(state["visits_before"])
         self.full_before = int(state["full_before"])
         self.history = [dict(entry) for entry in state["history"]]
         goes_on = (state["batch_size"], state["schedule"].get("pass_samples")) == (
             self.schedule.batch_size,
-            self.schedule.full_visits(self.pass_index),
+            self.schedule.plan_visits(self.pass_index),
         )
         self.schedule.take_over(state["schedule"])
         if not goes_on:
@@ -430,16 +515,7 @@ class Pruner:
 
     def _set_plan(self, plan: Plan | None) -> None:
         self.plan = plan
-        self._dense.clear()
-
-    def _dense_weights(self, device: torch.device) -> Tensor:
-        """Weights by sample index, 0 for samples that the plan leaves out."""
-        assert self.plan is not None
-        if device not in self._dense:
-            dense = torch.zeros(self.schedule.num_samples)
-            dense[self.plan.indices] = self.plan.weights
-            self._dense[device] = dense.to(device)
-        return self._dense[device]
+        self._weights = None if plan is None else PlanWeights(plan, self.schedule.num_samples)
 
 
 def _first(indices: Tensor, where: Tensor) -> int:

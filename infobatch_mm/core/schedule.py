@@ -78,6 +78,10 @@ class Schedule(ABC):
     def full_visits(self, pass_index: int) -> int:
         """Visits that the unpruned run makes in the span of a pass."""
 
+    def plan_visits(self, pass_index: int) -> int:
+        """Visits that a plan of a pass is drawn for: where a resumed run has others, the pass is drawn again."""
+        return self.full_visits(pass_index)
+
     def batches(self, plan: Plan, pass_index: int) -> int:
         """Iterations that walk a fitted plan."""
         return len(plan) // self.batch_size if plan.pruned else self.full_batches(pass_index)
@@ -94,6 +98,8 @@ class EpochSchedule(Schedule):
             Defaults to ceil(N / B).
         pass_steps (int, optional): Steps of the host's per-iteration schedulers in an unpruned epoch, where they
             are not its iterations. Defaults to ``epoch_batches``.
+        epoch_visits (int, optional): Visits of an unpruned epoch, where a ``drop_last`` of other batches leaves some
+            out. Defaults to those in ``epoch_batches``.
 
     Attributes:
         pass_steps (int): Steps of the host's per-iteration schedulers in a pass: those of an unpruned epoch of
@@ -109,11 +115,14 @@ class EpochSchedule(Schedule):
         batch_size: int,
         epoch_batches: int | None = None,
         pass_steps: int | None = None,
+        epoch_visits: int | None = None,
     ) -> None:
         super().__init__(num_samples, batch_size)
         if num_epochs < 1:
             raise ValueError(f"num_epochs={num_epochs}: the training needs at least one pass over the data")
         self._epoch_batches = math.ceil(num_samples / batch_size) if epoch_batches is None else epoch_batches
+        whole = min(num_samples, self._epoch_batches * batch_size)
+        self._epoch_visits = whole if epoch_visits is None else epoch_visits
         self.pass_steps = self._epoch_batches if pass_steps is None else pass_steps
         self.num_passes = num_epochs
         self.total_samples = num_epochs * num_samples
@@ -136,7 +145,10 @@ class EpochSchedule(Schedule):
         return self._epoch_batches
 
     def full_visits(self, pass_index: int) -> int:
-        return min(self.num_samples, self._epoch_batches * self.batch_size)
+        return self._epoch_visits
+
+    def plan_visits(self, pass_index: int) -> int:
+        return self.num_samples  # what drop_last leaves out is in the plan
 
 
 class IterSchedule(Schedule):

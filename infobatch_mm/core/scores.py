@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributed import all_gather_ragged, world_size
+from .checks import plain
+from .distributed import Group, all_gather_ragged, world_size
 from .noise_levels import NoiseLevels
+from .pending import PendingRecords
 
 #: What a sample is ranked by; see :class:`ScoreStore`.
 SCORES = ("raw", "ema", "timestep")
 #: Decay of the average where nothing else is said: about ten visits, as a diffusion loss needs.
 DEFAULT_EMA = 0.9
 
-# Pending records are moved to the store in blocks of this many batches, so that a step never waits
-# for the device and the list of pending tensors stays short.
-_FLUSH_EVERY = 256
 # Averages are taken in blocks of this many records, which are sorted: memory stays small.
 _BLOCK = 2**20
 
@@ -28,8 +27,9 @@ _BLOCK = 2**20
 class ScoreStore:
     """Scores of a data set of ``num_samples`` samples, on the CPU.
 
-    Recording is asynchronous: :meth:`record` keeps the tensors where they are and :meth:`flush` moves
-    them here in blocks, so that no step waits for its device.
+    Recording is asynchronous: :meth:`record` keeps the tensors where they are, so that no step waits for its device.
+    :meth:`flush` moves them here: :meth:`merge`, :meth:`settle` and :meth:`state_dict` do so first; call it before
+    reading an attribute.
 
     Args:
         num_samples (int): Size of the data set, at least 1.
@@ -41,6 +41,7 @@ class ScoreStore:
             ``'timestep'``, the average of losses that are divided by the mean of their noise level
             (:class:`.NoiseLevels`), for diffusion models: these become scores when :meth:`settle` ends a pass.
             Defaults to None: ``'ema'`` where ``score_ema`` is given and not 0, else ``'raw'``.
+        group (ProcessGroup, optional): The processes that share the data. Defaults to all.
 
     Attributes:
         score (str): As above.
@@ -55,19 +56,22 @@ class ScoreStore:
         ValueError: If ``num_samples`` is smaller than 1, or the score none of these.
     """
 
-    def __init__(self, num_samples: int, score_ema: float | None = None, score: str | None = None) -> None:
+    def __init__(
+        self, num_samples: int, score_ema: float | None = None, score: str | None = None, group: Group = None
+    ) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")
         self.score, self.score_ema = resolve_score(score, score_ema)
+        self._group = group
         self.num_samples = int(num_samples)
         self.values = torch.zeros(num_samples, dtype=torch.float32)
         self.seen = torch.zeros(num_samples, dtype=torch.bool)
         self.times_seen = torch.zeros(num_samples, dtype=torch.int32)
         self.num_nonfinite = 0
         self.num_invalid = 0
-        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._pending = PendingRecords()
         self._unmerged: list[_Records] = []
-        self._levels = NoiseLevels() if self.score == "timestep" else None
+        self._levels = NoiseLevels(group) if self.score == "timestep" else None
         self._uncounted = torch.zeros(2, dtype=torch.int64)  # counts that the other ranks do not know yet
 
     def record(
@@ -89,23 +93,20 @@ class ScoreStore:
         """
         losses = losses.detach().to(torch.float32, copy=True)
         valid = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid.clone()
-        level = losses if self._levels is None else _checked_level(log_snr, losses)
-        self._pending.append((indices.clone(), losses, valid, level))
-        if len(self._pending) >= _FLUSH_EVERY:
+        level = losses if self._levels is None else checked_level(log_snr, losses)
+        self._pending.add((indices.clone(), losses, valid, level))
+        if self._pending.is_due:
             self.flush()
 
     def flush(self) -> None:
         """Move all pending records into the store; the only place that waits for the device."""
-        if not self._pending:
+        records = self._pending.take()
+        if records is None:
             return
-        index_list, loss_list, valid_list, level_list = zip(*self._pending, strict=True)
-        self._pending = []
-        indices = _join(index_list).to(torch.int64)
-        losses = _join(loss_list)
-        valid = _join(valid_list)
+        indices, losses, valid, levels = records
+        indices = indices.to(torch.int64)
         real, finite = indices >= 0, torch.isfinite(losses)
         if self._levels is not None:
-            levels = _join(level_list)
             finite &= ~levels.isnan()
         self._count(nonfinite=int((real & valid & ~finite).sum()), invalid=int((real & ~valid).sum()))
         usable = real & valid & finite
@@ -113,7 +114,7 @@ class ScoreStore:
         if self._levels is not None:
             self._levels.hold(indices, losses, levels[usable])
             return
-        if world_size() > 1:
+        if world_size(self._group) > 1:
             self._unmerged.append(_Records(indices, losses, self._held(indices)))
         self._write(indices, losses)
 
@@ -129,9 +130,9 @@ class ScoreStore:
         int64: a float tensor would round them above 2**24.
         """
         self.flush()
-        if world_size() == 1:
+        if world_size(self._group) == 1:
             return
-        counts = torch.stack(all_gather_ragged(self._uncounted)).sum(0) - self._uncounted
+        counts = torch.stack(all_gather_ragged(self._uncounted, self._group)).sum(0) - self._uncounted
         self.num_nonfinite += int(counts[0])
         self.num_invalid += int(counts[1])
         self._uncounted.zero_()
@@ -144,8 +145,8 @@ class ScoreStore:
         # sample visited on two ranks ends with the same score everywhere.
         while self._unmerged:
             self._take_back(self._unmerged.pop())
-        gathered_indices = all_gather_ragged(indices)
-        gathered_losses = all_gather_ragged(losses)
+        gathered_indices = all_gather_ragged(indices, self._group)
+        gathered_losses = all_gather_ragged(losses, self._group)
         for rank_indices, rank_losses in zip(gathered_indices, gathered_losses, strict=True):
             self._write(rank_indices, rank_losses)
 
@@ -170,7 +171,8 @@ class ScoreStore:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state; what was recorded since is forgotten."""
-        self._pending, self._unmerged = [], []
+        self._pending.clear()
+        self._unmerged = []
         self._uncounted.zero_()
         self.values.copy_(state["scores"])
         self.seen.copy_(state["seen"])
@@ -225,14 +227,12 @@ class _Records(NamedTuple):
     before: tuple[Tensor, Tensor] | None
 
 
-def _join(tensors: tuple[Tensor, ...]) -> Tensor:
-    """Concatenate on the device where the tensors are, then move to the CPU in one copy."""
-    if len({t.device for t in tensors}) > 1:
-        return torch.cat([t.cpu() for t in tensors])
-    return torch.cat(tensors).cpu()
+def checked_level(log_snr: Tensor | None, losses: Tensor) -> Tensor:
+    """A copy of the noise levels of some losses, float32.
 
-
-def _checked_level(log_snr: Tensor | None, losses: Tensor) -> Tensor:
+    Raises:
+        ValueError: If they are missing, no logarithms, or of another shape than the losses.
+    """
     if log_snr is None:
         raise ValueError(
             "score='timestep' needs the noise level of each sample: pass log_snr, the logarithm of its signal-to-noise "
@@ -291,5 +291,6 @@ def check_score_ema(score_ema: float) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a finite number, and no bool."""
+    """Whether a setting is a finite number, also one of numpy or in a 0-d tensor, and no bool."""
+    value = plain(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

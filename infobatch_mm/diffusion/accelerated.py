@@ -23,7 +23,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, NoPruning, Pruner, PruningPolicy, build_policy
-from ..core.distributed import require_equal, world_size
+from ..core.checks import whole_number
+from ..core.distributed import gather, require_equal, world_size
 from ..core.pruner import damaged
 from ..core.scores import is_number
 from ..core.summary import check_summary, write_scores, write_summary
@@ -95,6 +96,8 @@ class AcceleratedInfoBatch:
         fingerprint: str = "",
     ) -> None:
         _check_accelerator(accelerator)
+        num_epochs = whole_number("num_epochs", num_epochs, 1, "the training needs at least one pass over the data")
+        seed = whole_number("seed", seed, 0, "use 0 or a positive number")
         chosen = build_policy(policy, prune_ratio, delta)
         if getattr(dataloader, "_is_accelerate_prepared", False):
             raise ValueError(
@@ -129,7 +132,9 @@ class AcceleratedInfoBatch:
         self._rebuilt = self._geometry.rebuilt(dataloader, self._pruner, self._keeps_order)
         self._schedulers: list[PassScheduler] = []
         self._walks = 0
+        self._touched = False  # whether anything was weighed in the walk in hand
         self._in_hand: _Batch | None = None
+        self._late: list[tuple[_Batch, Tensor, Tensor | None]] = []
         self._loss: Tensor | None = None
         self._iterations = 0
         self._updates_done = 0
@@ -179,7 +184,9 @@ class AcceleratedInfoBatch:
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
     def weigh(self, losses: Tensor, scores: Tensor | None = None, log_snr: Tensor | None = None) -> Tensor:
-        """Weigh the losses of the batch in hand and record them as scores.
+        """Weigh the losses of the batch in hand, the one that the loader gave last, and record them as scores.
+
+        Waits neither for a device nor for other processes.
 
         Args:
             losses (Tensor): Losses of this process's batch, shape ``(B, ...)``, any float dtype: per sample or per
@@ -206,9 +213,15 @@ class AcceleratedInfoBatch:
         self._loss = per_sample.detach().mean()
         weighted = per_sample.mean() if batch.weights is None else (batch.weights * per_sample).mean()
         if not batch.is_weighed:
-            self._pruner.record(batch.index, ranked, log_snr=log_snr)
             batch.is_weighed = True
-            self._advance()
+            self._iterations += 1
+            self._updates_done += self._accelerator.sync_gradients
+            if batch.is_settled:
+                self._late.append((batch, ranked.detach(), log_snr))
+            else:
+                self._pruner.record(batch.index, ranked, log_snr=log_snr)
+                self._touched = True
+                self._advance()
         return weighted
 
     @property
@@ -249,7 +262,7 @@ class AcceleratedInfoBatch:
         whole = schedule.full_visits(0)
         total, accumulated = self._updates_done, self._accelerator.gradient_accumulation_steps
         is_begun = not pruner.finished and (pruner.plan is not None or pruner.visited > 0)
-        if is_begun:
+        if is_begun and not self._is_pass_over:
             total += math.ceil(self._batches / accumulated) - self._batches_done // accumulated
         if pruner.plan is not None and pruner.plan.pruned:
             ratio = len(pruner.plan) / whole
@@ -264,7 +277,8 @@ class AcceleratedInfoBatch:
         """
         if self._is_pass_over:
             self._finish_pass()
-        self._pruner.store.merge()
+        self._settle_late()
+        self._pruner.merge()
 
     def logs(self) -> dict[str, float]:
         """Scalars of the last finished pass, for ``accelerator.log``; empty before there is one."""
@@ -347,7 +361,7 @@ class AcceleratedInfoBatch:
         self._nonfinite_known = self._pruner.store.num_nonfinite
         self._time_before = float(state["wall_time_s"])
         self._started = time.perf_counter()
-        self._in_hand = None
+        self._in_hand, self._touched, self._late = None, False, []
 
     def _check_checkpoint(self, models: Any, input_dir: str) -> None:
         """Refuse a checkpoint that this run cannot go on from before accelerate loads half of it."""
@@ -381,9 +395,9 @@ class AcceleratedInfoBatch:
     # ---- passes ------------------------------------------------------------------------------------
 
     def _walk(self, prepared: DataLoader) -> Iterator[Any]:
-        """Walk the current pass from its first unvisited batch."""
-        if self._is_pass_over:
-            self._finish_pass()
+        """Walk a new pass; the rest of the pass in hand after a resume, or if nothing was weighed of it so far."""
+        if self._touched or self._is_pass_over:
+            self._finish_pass()  # it was broken off, or a state was saved at its very end
         if not self._walks:
             self._check_schedulers()
         if self._pruner.finished:
@@ -394,9 +408,11 @@ class AcceleratedInfoBatch:
                 stacklevel=3,
             )
         self._walks += 1
-        self._in_hand = None
+        walk, self._in_hand = self._walks, None
         if not self._keeps_order:
             self._pruner.begin_pass()
+        self._settle_late()  # only now: on no process may they change the plan
+        current, start = self._pruner.pass_index, self._pruner.visited
         done = self._batches_done
         # A host's own order begins anew, or where its seedable sampler was, and is skipped through.
         prepared.set_epoch(self._pruner.pass_index)  # type: ignore[attr-defined]
@@ -408,15 +424,43 @@ class AcceleratedInfoBatch:
         plan = self._pruner.plan
         if plan is not None and plan.pruned:
             loader.remainder = -1  # every batch is full; accelerate takes it from the size of the data set
-        current = self._pruner.pass_index
         for index, batch in itertools.chain([] if first is None else [first], batches):
-            self._check_weighed()
+            self._settle()
             weights = None if self._keeps_order else self._pruner.weights(index)
-            self._in_hand = _Batch(index, weights)
+            self._in_hand = _Batch(index, weights, self._pruner.pass_index)
             yield batch
-        self._check_weighed()
-        if self._geometry.ragged and current == self._pruner.pass_index:
-            self._pruner.advance(self._visits - self._pruner.visited)  # the last batch was the other processes'
+            if walk != self._walks:
+                raise ValueError(
+                    "the train dataloader is walked by two iterators at once: another one began a pass in the midst of "
+                    "this one; let one walk end before the next begins"
+                )
+        self._settle()
+        if self._pruner.pass_index != current:
+            return  # merge() has ended it with its last batch
+        # Where some processes have no last batch, the others still train on theirs: they meet at the next walk.
+        meets = not self._geometry.ragged or (plan is not None and plan.pruned)
+        if any(gather(self._touched)) if meets else self._touched or first is None:
+            self._pruner.visited = self._visits  # also where the last batch was the other processes'
+            if meets:
+                self._finish_pass()
+        else:  # a walk of which nothing is weighed counts for nothing
+            self._pruner.visited, self._pruner.own_skipped = start, 0
+
+    def _settle(self) -> None:
+        """Count the visits of a batch that was handed out and not weighed, as after a loss that is NaN."""
+        batch = self._in_hand
+        if batch is None or batch.is_weighed or batch.is_settled:
+            return
+        batch.is_settled = True
+        self._pruner.own_skipped += len(batch.index)
+        self._advance()
+
+    def _settle_late(self) -> None:
+        """Take down what was weighed after its pass had ended, as loops do that fetch one batch ahead."""
+        late, self._late = self._late, []
+        for batch, ranked, log_snr in late:
+            self._pruner.record(batch.index, ranked, log_snr=log_snr)
+            self._pruner.correct(batch.pass_index, len(batch.index))
 
     def _check_schedulers(self) -> None:
         """Say so if a schedule is left to count updates, of which there are fewer."""
@@ -427,13 +471,6 @@ class AcceleratedInfoBatch:
                 f"a {type(apart[0].scheduler).__name__} was not given to infobatch.prepare(): if it is stepped with "
                 "every update, it will not reach its end, for a pruned training makes fewer of them",
                 stacklevel=3,
-            )
-
-    def _check_weighed(self) -> None:
-        if self._in_hand is not None and not self._in_hand.is_weighed:
-            raise ValueError(
-                f"a batch of pass {self._pruner.pass_index} was handed out but not weighed: call infobatch.weigh() for "
-                "every batch; after a resume skip none, the loader goes on where the checkpoint was saved"
             )
 
     def _length(self) -> int:
@@ -459,26 +496,28 @@ class AcceleratedInfoBatch:
         return self._pruner.visited > 0 and self._batches_done >= self._batches
 
     def _advance(self) -> None:
-        """Count the batch in hand, on all processes, and end the pass with its last one."""
-        pruner, geometry = self._pruner, self._geometry
-        self._iterations += 1
-        self._updates_done += self._accelerator.sync_gradients
-        plan = pruner.plan
-        pruner.advance(min(geometry.batch_size, self._visits - pruner.visited))
-        # Where some processes have no last batch, they cannot meet the others before the next walk.
-        meets = not geometry.ragged or (plan is not None and plan.pruned)
-        if meets and self._is_pass_over:
-            self._finish_pass()
+        """Move on by the batch in hand, of all processes."""
+        self._pruner.advance(min(self._geometry.batch_size, self._visits - self._pruner.visited))
 
     def _finish_pass(self) -> None:
-        """End the pass, and say so if some of it gave no scores."""
-        self._pruner.finish_pass()
+        """End the pass, and say so if some of it gave no scores; every process must call it."""
+        self._touched = False
+        entry = self._pruner.finish_pass()
         found = self._pruner.store.num_nonfinite
         fresh, self._nonfinite_known = found - self._nonfinite_known, found
-        if fresh and self._accelerator.is_main_process:
+        if not self._accelerator.is_main_process:
+            return
+        if fresh:
             warnings.warn(
                 f"{fresh} visits of pass {self._pruner.pass_index} had a loss, or a noise level, "
                 "that is not finite: they are no scores, and samples without one are never pruned",
+                stacklevel=4,
+            )
+        if entry["skipped"]:
+            warnings.warn(
+                f"{entry['skipped']} visits of pass {self._pruner.pass_index} were handed out and not weighed: call "
+                "infobatch.weigh() for every batch; after a resume skip none, the loader goes on where the checkpoint "
+                "was saved",
                 stacklevel=4,
             )
 
@@ -543,11 +582,13 @@ class PrunedLoader:
 
 @dataclass
 class _Batch:
-    """The batch in hand: indices, shape ``(B,)``; weights, shape ``(B,)``, None for ones."""
+    """The batch in hand: indices, shape ``(B,)``; weights, shape ``(B,)``, None for ones; its pass."""
 
     index: Tensor
     weights: Tensor | None
+    pass_index: int
     is_weighed: bool = False
+    is_settled: bool = False
 
     def per_sample(self, values: Tensor, name: str) -> Tensor:
         """One float32 value for each sample."""

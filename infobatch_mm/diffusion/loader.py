@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from ..core import PlanSampler, Pruner
+from ..core.collate import IndexedCollate
 from ..core.loader import IndexedItems, check_indexable, worker_options
 from ..core.sampler import SeededIndex, filled_up
 
@@ -93,7 +92,7 @@ class LoaderGeometry:
             batch_size=batching.batch_size,
             sampler=sampler,
             drop_last=batching.drop_last,
-            collate_fn=_IndexedCollate(loader.collate_fn),
+            collate_fn=IndexedCollate(loader.collate_fn),
             worker_init_fn=loader.worker_init_fn,
             generator=loader.generator,
             **worker_options(loader),
@@ -138,14 +137,3 @@ class _EvenPlanSampler(PlanSampler):
 
     def _share_of(self, visits: int) -> int:
         return visits + -visits % self._multiple
-
-
-class _IndexedCollate:
-    """Collates the bare items as the user does and the indices beside them."""
-
-    def __init__(self, collate_fn: Callable) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: Sequence[tuple[int, Any]]) -> tuple[Tensor, Any]:
-        indices, bare = zip(*items, strict=True)
-        return torch.tensor(indices, dtype=torch.int64), self.collate_fn(list(bare))

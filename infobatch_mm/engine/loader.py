@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
-from ..core.loader import check_indexable, worker_options
+from ..core.collate import IndexedCollate
+from ..core.loader import check_indexable, read_at_once, worker_options
 from ..core.sampler import item_seed
 
 #: Where data set wrappers of the hosts keep what they wrap.
@@ -69,7 +70,7 @@ class IndexedLoader(DataLoader):
             init = None if init is None else SeedByPass(init)
         super().__init__(
             IndexedDataset(loader.dataset),
-            collate_fn=_IndexedCollate(loader.collate_fn),
+            collate_fn=_BatchCollate(loader.collate_fn),
             worker_init_fn=init,
             generator=generator,
             **batching,
@@ -123,6 +124,10 @@ class IndexedDataset:
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, bool, Any]]:
         """Items of a batch as ``(index, replaced, item)``."""
+        # Which item was replaced can only be told where they are read one by one.
+        at_once = None if self._leaves else read_at_once(self._wrapped, indices)
+        if at_once is not None:
+            return [(int(index), False, item) for index, item in zip(indices, at_once, strict=True)]
         items = []
         for index in indices:
             with _watch_replacement(self._leaves) as replaced, item_seed(index):
@@ -140,15 +145,16 @@ class IndexedDataset:
         setattr(self._wrapped, name, value)
 
 
-class _IndexedCollate:
-    """Collates the bare items as the host does and the indices beside them."""
+class _BatchCollate(IndexedCollate):
+    """Collates the bare items as the host does, and beside them their indices and whether they were replaced."""
 
-    def __init__(self, collate_fn: Callable) -> None:
-        self.collate_fn = collate_fn
-
-    def __call__(self, items: Sequence[tuple[int, bool, Any]]) -> tuple[tuple[Tensor, Tensor], Any]:
+    def __call__(  # type: ignore[override]
+        self, items: Sequence[tuple[int, bool, Any]]
+    ) -> tuple[tuple[Tensor, Tensor], Any]:
         indices, replaced, bare = zip(*items, strict=True)
-        return (torch.tensor(indices, dtype=torch.int64), torch.tensor(replaced)), self.collate_fn(list(bare))
+        batch, kept = self.collate(list(bare))
+        assert kept is None, "every item must be in the host's batch"
+        return (torch.tensor(indices, dtype=torch.int64), torch.tensor(replaced)), batch
 
 
 class SeedByPass:

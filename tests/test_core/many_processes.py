@@ -41,7 +41,8 @@ class Case:
 
     ``kind`` is ``InfoBatch`` in a plain loop, or the engine's epoch or iteration loop; ``batch`` is that of each
     process, ``length`` counts epochs or iterations. ``accumulate`` is the global batch of the core kind in batches
-    of all processes, 0 where none is given; ``peek`` looks at the loader before each pass.
+    of all processes, 0 where none is given; ``peek`` looks at the loader before each pass; ``ours`` takes
+    ``infobatch.loader``.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Case:
     persistent: bool = False
     accumulate: int = 1
     peek: bool = False
+    ours: bool = False
 
     @property
     def global_batch(self) -> int:
@@ -103,7 +105,7 @@ def corners(world: int) -> Iterator[dict[str, Any]]:
     yield core | dict(num_samples=1, batch=3, accumulate=0)
     yield core | dict(num_samples=max(1, world - 1), batch=2, accumulate=0)
     yield core | dict(num_samples=world * 5 - 1, batch=5, accumulate=0, drop_last=True)
-    yield core | dict(num_samples=max(1, world * 4 - world), batch=4, accumulate=0, drop_last=True)  # no batch at all
+    yield core | dict(num_samples=world * 9 - 1, batch=4, drop_last=True, ours=True)
     yield core | dict(num_samples=61, batch=1, r=0.99, delta=1.0)
     yield core | dict(num_samples=world * 4, batch=4, delta=1.0)
     yield core | dict(num_samples=59, batch=4, delta=1.0, drop_last=True, losses="skewed")
@@ -150,6 +152,7 @@ def drawn(generator: random.Random, number: int, world: int, **given: Any) -> Ca
         round_up=choose([True, True, False]) or kind != "epochs",
         accumulate=choose([0, 0, 1, 1, 1, 2]) if kind == "core" else 1,
         peek=choose([False, False, True]) and kind == "core",
+        ours=choose([False, True]) and kind == "core",
     )
     # Drawn in any case, so that what is given does not move the draws of the cases behind it.
     iterations = generator.randint(1, max(1, epochs * num_samples // (world * batch)))
@@ -172,8 +175,11 @@ def legal(case: Case) -> Case:
         return replace(case, num_samples=num_samples, batch=min(case.batch, num_samples // case.world))
     if case.kind == "core":
         accumulate = case.accumulate if case.num_samples >= whole * case.accumulate else 0
+        ours = case.ours and accumulate > 0
+        # A pass of which a DataLoader drops all is never done: pruned ones may be so short, too.
+        drop_last = case.drop_last and rows_of_host(case) >= case.batch and accumulate > 0
         # A peek at the only, ragged batch of a pass walks the whole of it.
-        return replace(case, accumulate=accumulate, peek=case.peek and accumulate > 0)
+        return replace(case, accumulate=accumulate, peek=case.peek and accumulate > 0, ours=ours, drop_last=drop_last)
     round_up = case.round_up or case.num_samples % case.world > 0
     return replace(case, round_up=round_up, drop_last=case.drop_last and rows_of_host(case) >= case.batch)
 
@@ -234,20 +240,23 @@ def run_core(case: Case, rank: int) -> dict[str, Any]:
         batch_size=case.global_batch if case.accumulate else None,
         shuffle=case.shuffle,
     )
-    loader = DataLoader(
-        infobatch.attach(Toy(case.num_samples)),
-        case.batch,
-        sampler=infobatch.sampler,
+    options: dict[str, Any] = dict(
         drop_last=case.drop_last,
         num_workers=case.workers,
         persistent_workers=case.persistent,
         multiprocessing_context=WORKER_CONTEXT if case.workers else None,
     )
+    dataset = Toy(case.num_samples)
+    loader: Any
+    if case.ours:
+        loader = infobatch.loader(dataset, case.batch, **options)
+    else:
+        loader = DataLoader(infobatch.attach(dataset), case.batch, sampler=infobatch.sampler, **options)
     entries: list[dict[str, Any]] = []
     after: list[dict[str, Any]] = []
 
     def look() -> None:
-        # A pass whose tail was dropped ends when the next walk starts.
+        # Of a loader of the user's, a pass whose tail was dropped ends when the next walk starts.
         state = infobatch.state_dict()
         while len(after) < state["pass_index"]:
             after.append(scores_in(state))
@@ -270,14 +279,13 @@ def run_core(case: Case, rank: int) -> dict[str, Any]:
             weighted.backward()
             assert losses.grad is not None
             entry["steps"].append({"index": index.tolist(), "loss": weighted.item(), "grad": losses.grad.tolist()})
-        if not entry["steps"]:
-            entry["plan"] = infobatch.state_dict()["plan"]
+        infobatch.merge()
         entry["plan"] = {key: as_list(value) for key, value in entry["plan"].items()}
         entries.append(entry)
         look()
     iter(infobatch.sampler)
     look()
-    stop_workers(loader)
+    stop_workers(loader._loader if case.ours else loader)
     return {"passes": entries, "after": after, "summary": infobatch.summary()}
 
 

@@ -84,8 +84,10 @@ class Pass:
     @property
     def full_visits(self) -> int:
         """Visits of the unpruned run in the same span."""
-        if self.case.kind != "epochs":
+        if self.case.kind == "iterations" or (self.case.kind == "core" and not self.case.ours):
             return self.span
+        if self.case.ours:
+            return min(self.span, host_batches(self.case) * self.case.batch * self.case.world)
         return min(self.span, host_batches(self.case) * self.case.global_batch)
 
     @property
@@ -201,7 +203,8 @@ def test_there_are_many_cases_and_they_reach_the_corners(journals: Journals):
         reached["padding without a finite loss"] += any(
             has_bad_padding(single, step, rank) for rank, entry in enumerate(single.ranks) for step in entry["steps"]
         )
-        reached["nothing to walk"] += not single.real_visits()
+        reached["our loader"] += case.ours and single.pruned
+        reached["our loader drops a tail"] += case.ours and case.drop_last and len(single.real_visits()) < single.visits
     assert min(reached.values()) >= 3, reached
     assert reached["pruned in several processes"] > 300, reached
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from infobatch_mm.core import EpochSchedule, InfoBatch, InfoBatchPolicy, Pruner, ScoreStore
+from infobatch_mm import InfoBatch
+from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, Pruner, ScoreStore
 from infobatch_mm.core.noise_levels import NUM_BINS, bins_of
 from infobatch_mm.core.scores import resolve_score
 from test_core.test_pruner import through_a_file

@@ -258,7 +258,7 @@ def test_summary_is_plain_json_with_the_keys_of_the_contract():
     keys = "policy prune_ratio delta num_samples passes_done passes_total samples_seen samples_full saved_ratio seed"
     assert set(keys.split()) | {"per_pass"} <= set(summary)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert set(summary["per_pass"][0]) == {"pass", "kept", "kept_ratio", "threshold", "score_mean"}
+    assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
     assert (summary["policy"], summary["prune_ratio"], summary["delta"]) == ("infobatch", 0.5, 0.8)
 
 
@@ -439,7 +439,7 @@ def test_own_policy_takes_part_in_a_run():
 
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
-    del state["score_ema"], state["score"]  # which earlier versions did not write
+    del state["score_ema"], state["score"], state["skipped"]  # which earlier versions did not write
     for key in state:
         with pytest.raises(ValueError, match=r"damaged|version"):
             make().check_state({k: v for k, v in state.items() if k != key})

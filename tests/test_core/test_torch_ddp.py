@@ -53,6 +53,7 @@ def run_with_journal(folder: Path, kill_at: int, arguments: list[str]) -> None:
 
     def on_step(infobatch: InfoBatch, index: torch.Tensor) -> None:
         pruner = infobatch._pruner
+        infobatch._passes.locate()
         real = index[index >= 0]  # a negative one is padding
         entry = {
             "pass": pruner.pass_index,

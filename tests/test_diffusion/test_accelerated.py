@@ -236,21 +236,90 @@ def test_a_peek_consumes_nothing():
     peeking = Run(TAILED)
     for _ in range(3):
         next(iter(peeking.loader))
-    peeking.train(lambda step: step == 15)
-    at = peeking.pruner.visited
+    peeking.train(lambda step: peeking.infobatch.passes_done == 3)
+    peeking.infobatch.merge()
     next(iter(peeking.loader))
-    assert peeking.pruner.visited == at > 0
+    assert (peeking.pruner.pass_index, peeking.pruner.visited) == (3, 0)
     peeking.train()
     assert peeking.journal == straight.journal
 
 
-def test_a_walk_that_was_broken_off_goes_on_with_the_rest():
-    straight = Run(TAILED).train()
-    broken = Run(TAILED)
-    for stop in (3, 14, 18, 19, 30):
-        broken.train(lambda step, stop=stop: step == stop)
-    broken.train()
-    assert broken.journal == straight.journal
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
+@pytest.mark.parametrize("stop", [1, 7, 11])
+def test_a_walk_that_is_broken_off_is_followed_by_a_new_pass(policy: str, stop: int):
+    run = Run(Setup(policy=policy))
+    run.train(lambda step: step == stop)
+    first = passes(run.journal)[0]
+    assert run.infobatch.passes_done == 0
+    run.train()
+    books = run.infobatch.summary()
+    assert (books["per_pass"][0]["kept"], books["visits_skipped"]) == (len(visits(first)), 0)
+    assert books["passes_done"] == 9  # the script's loop began again at the pass that was broken off
+    assert len(run.journal) == stop + sum(len(steps) for current, steps in passes(run.journal).items() if current)
+
+
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
+def test_batches_that_are_skipped_are_booked_and_the_pass_ends(policy: str):
+    run = Run(Setup(policy=policy))
+    for epoch in range(3):
+        seen = 0
+        for i, batch in enumerate(run.loader):
+            if i % 4 == 1:
+                continue  # as after a loss that is NaN
+            run.infobatch.weigh(batch["index"].float())
+            seen += len(batch["index"])
+        assert run.infobatch.passes_done == epoch + 1
+        entry = run.infobatch.summary()["per_pass"][epoch]
+        assert entry["kept"] == seen and entry["skipped"] == 4 * 3 - 4 * (epoch > 0 and policy == "infobatch")
+
+
+def test_skipped_batches_are_told_of():
+    run = Run(Setup(samples=8, batch_size=4))
+    with pytest.warns(UserWarning, match="4 visits of pass 1 were handed out and not weighed"):
+        for i, batch in enumerate(run.loader):
+            if i:
+                run.infobatch.weigh(batch["index"].float())
+
+
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
+def test_a_walk_of_which_nothing_is_weighed_counts_for_nothing(policy: str):
+    straight = Run(Setup(policy=policy, samples=44)).train()
+    looking = Run(Setup(policy=policy, samples=44))
+    if policy == "infobatch":  # otherwise the host's sampler draws from the generator that all share
+        for _ in looking.loader:
+            pass
+    looking.train(lambda step: looking.infobatch.passes_done == 2)
+    looking.infobatch.merge()
+    if policy == "infobatch":
+        for _ in looking.loader:
+            pass
+    looking.train()
+    assert looking.journal == straight.journal
+    assert looking.infobatch.summary()["visits_skipped"] == 0
+
+
+def test_a_loop_that_fetches_a_batch_ahead_has_its_last_one_weighed_after_the_pass():
+    run = Run(Setup(samples=16, batch_size=4))
+    ahead = list(run.loader)  # the most that one can fetch
+    assert run.infobatch.passes_done == 0
+    for epoch in range(3):
+        for i, batch in enumerate(run.loader):
+            if i < len(run.loader) - 1:
+                run.infobatch.weigh(batch["index"].float())
+        run.infobatch.weigh(batch["index"].float())
+        next(iter(run.loader))
+        entry = run.infobatch.summary()["per_pass"][epoch]
+        assert entry["skipped"] == 0
+    assert len(ahead) == 4
+
+
+def test_two_iterators_at_once_are_refused():
+    run = Run(TAILED)
+    first = iter(run.loader)
+    run.infobatch.weigh(next(first)["index"].float())
+    next(iter(run.loader))
+    with pytest.raises(ValueError, match="is walked by two iterators at once"):
+        next(first)
 
 
 def test_the_length_is_an_unpruned_epochs_before_the_first_walk_then_the_passs():
@@ -259,12 +328,9 @@ def test_the_length_is_an_unpruned_epochs_before_the_first_walk_then_the_passs()
     lengths = []
     run.train(lambda step: lengths.append(len(run.loader)))
     by_pass = passes(run.journal)
-    # With the last batch of a pass the next one is drawn, whose length it then is.
-    for current, steps in by_pass.items():
+    for steps in by_pass.values():
         first = steps[0]["step"] - 1
-        assert set(lengths[first : first + len(steps) - 1]) == {len(steps)}
-        if current + 1 in by_pass:
-            assert lengths[first + len(steps) - 1] == len(by_pass[current + 1])
+        assert set(lengths[first : first + len(steps)]) == {len(steps)}
     assert len(by_pass[1]) < 12
 
 
@@ -420,7 +486,7 @@ def test_a_resumed_pass_reads_nothing_of_what_came_before(tmp_path: Path, monkey
     read: list[int] = []
     item = Points.__getitem__
     monkeypatch.setattr(Points, "__getitem__", lambda self, index: read.append(index) or item(self, index))
-    resumed.train(lambda step: resumed.pruner.pass_index == 2)
+    resumed.train(lambda step: resumed.infobatch.passes_done == 2)
     assert read == rest and len(rest) > 4
 
 
@@ -564,21 +630,6 @@ def test_a_stateful_dataloader_is_refused():
         AcceleratedInfoBatch(accelerator, DataLoader(Points(8), batch_size=4), 4)
 
 
-def test_a_batch_that_was_not_weighed_is_named_at_the_next():
-    run = Run(TAILED)
-    batches = iter(run.loader)
-    next(batches)
-    with pytest.raises(ValueError, match="a batch of pass 0 was handed out but not weighed"):
-        next(batches)
-
-
-def test_the_last_batch_of_a_pass_has_to_be_weighed_too():
-    run = Run(Setup(samples=4, batch_size=4))
-    with pytest.raises(ValueError, match="a batch of pass 0 was handed out but not weighed"):
-        for _ in run.loader:
-            pass
-
-
 def test_weighing_without_a_batch_or_in_other_shapes_is_refused():
     run = Run(TAILED)
     with pytest.raises(ValueError, match="no batch is in hand"):
@@ -609,7 +660,8 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
     assert {key: summary[key] for key in summary if key not in ("wall_time_s", "per_pass")} == {
         "policy": "infobatch", "prune_ratio": 0.5, "delta": 0.875, "score": "raw", "score_ema": 0.0, "num_samples": 46,
         "passes_done": 8, "passes_total": 8, "samples_seen": seen, "samples_full": 8 * 46,
-        "saved_ratio": pytest.approx(1 - seen / (8 * 46)), "nonfinite_losses": 0, "unusable_samples": 0, "seed": 0,
+        "saved_ratio": pytest.approx(1 - seen / (8 * 46)), "visits_skipped": 0, "nonfinite_losses": 0,
+        "unusable_samples": 0, "seed": 0,
         "iterations": len(run.journal), "iterations_full": 8 * 12,
     }  # fmt: skip
     assert 0 < summary["wall_time_s"] < 60
@@ -633,7 +685,8 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
 
 def test_a_threshold_is_logged_after_a_pruned_pass():
     run = Run(TAILED)
-    run.train(lambda step: run.pruner.pass_index == 2)
+    run.train(lambda step: run.infobatch.passes_done == 2)
+    run.infobatch.merge()
     logs = run.infobatch.logs()
     (first, second) = passes(run.journal).values()
     assert logs["infobatch/kept_ratio"] == len(visits(second)) / 46 < 1
@@ -695,7 +748,8 @@ def test_epochs_beyond_the_last_go_on_with_full_passes():
 def in_a_pruned_pass(setup: Setup) -> Run:
     """A run at the begin of its second pass."""
     run = Run(setup)
-    run.train(lambda step: run.pruner.pass_index == 1)
+    run.train(lambda step: run.infobatch.passes_done == 1)
+    run.infobatch.merge()
     assert plan_of(run)[1].max() > 1
     return run
 
@@ -846,3 +900,12 @@ def test_a_pass_too_many_is_warned_of() -> None:
     run = Run(Setup(epochs=2)).train()
     with pytest.warns(UserWarning, match=r"pass 3 of a training of 2 epochs.*range\(infobatch.passes_done, 2\)"):
         next(iter(run.loader))
+
+
+def test_a_pass_that_is_saved_at_its_end_is_followed_by_the_whole_of_the_next(tmp_path: Path):
+    straight = Run(TAILED).train()
+    first = Run(TAILED).train(lambda step: step == 3)
+    first.save(tmp_path)
+    resumed = Run(TAILED).load(tmp_path)
+    resumed.train(lambda step: resumed.infobatch.merge())  # as before a checkpoint at every step
+    assert first.journal + resumed.journal == straight.journal

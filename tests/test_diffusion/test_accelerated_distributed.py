@@ -102,8 +102,9 @@ def test_every_share_is_accelerates_own(ranks: list[dict[str, Any]], cut: str, s
     assert (first["plans"][0] == list(range(samples))) != shuffle
     for each in (first, second):
         assert each["passes"][0] == each["alone"]
-        # Broken off or resumed after its first step, the pass goes on as it was begun.
-        assert each["begun"] + each["rest_after_break"] == each["alone"]
+        assert each["books_after_break"][0]["kept"] == min(4, samples)
+        assert len(each["books_after_break"]) == 2
+        # Resumed after its first step, the pass goes on as it was begun.
         assert each["begun"] + each["rest_after_resume"] == each["alone"]
     pruned = 0
     for current in range(1, PASSES - 1):

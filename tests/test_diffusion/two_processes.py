@@ -97,7 +97,9 @@ def shares(folder: Path, name: str, samples: int, shuffle: bool) -> dict[str, An
     checkpoint = folder / f"{name} {samples} {shuffle}"
     first.accelerator.save_state(str(checkpoint))
     first.accelerator.wait_for_everyone()
-    result["rest_after_break"] = list(first.walk())
+    list(first.walk())  # broken off, so that this is another pass
+    first.infobatch.merge()
+    result["books_after_break"] = first.infobatch.summary()["per_pass"]
     resumed = Shares(cut, samples, shuffle)
     resumed.accelerator.load_state(str(checkpoint))
     result["rest_after_resume"] = list(resumed.walk())

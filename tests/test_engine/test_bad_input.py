@@ -18,15 +18,17 @@ from mmengine.dataset import DefaultSampler
 from mmengine.registry import DATA_SAMPLERS, LOOPS
 from mmengine.runner import FlexibleRunner, IterBasedTrainLoop, Runner
 from mmseg.registry import DATASETS
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from infobatch_mm import InfoBatch
-from infobatch_mm.core import distributed, infobatch
+from infobatch_mm.core import distributed
 from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine import InfoBatchHook, ReconstructionHook
 from infobatch_mm.engine.hook import check_runner
 from infobatch_mm.engine.reconstruction import reconstruct
 from infobatch_mm.engine.samplers import InfoBatchSampler, pass_loader
+from infobatch_mm.loop import infobatch, passes, sizes
 from infobatch_mm.losses import LossWeigher, attach_views
 from infobatch_mm.losses.mixing import MixingView
 
@@ -118,11 +120,11 @@ class Case:
     def as_rank_of(self, world: int) -> None:
         """Seem to be the first of several processes, the others of which say seed 1."""
 
-        def gather(into: list[Any], own: dict[str, str]) -> None:
+        def gather(into: list[Any], own: dict[str, str], group: Any = None) -> None:
             into[:] = [own] + [{**own, "seed": "1"}] * (world - 1)
 
-        for module in (distributed, infobatch):
-            self.monkeypatch.setattr(module, "world_size", lambda: world)
+        for module in (distributed, infobatch, passes, sizes):
+            self.monkeypatch.setattr(module, "world_size", lambda group=None: world)
         self.monkeypatch.setattr(distributed, "dist", SimpleNamespace(all_gather_object=gather))
 
 
@@ -272,10 +274,28 @@ def left_out(case: Case) -> None:
     pruned.weigh(torch.ones(1), [skipped.pop()])
 
 
-def shared_out_twice(case: Case) -> None:
+def too_soon(case: Case) -> None:
     pruned = InfoBatch(10, 2)
-    pruned.sampler.world = 2
-    exec("iter(sampler)", {"__name__": "accelerate.data_loader", "sampler": pruned.sampler})
+    first, _ = next(iter(pruned.loader(list(range(10)), 5)))
+    later = (set(range(10)) - set(first.tolist())).pop()
+    pruned.weigh(torch.ones(1), [later])
+
+
+def two_iterators(case: Case) -> None:
+    pruned = InfoBatch(10, 2)
+    loader = pruned.loader(list(range(10)), 5)
+    for index, _ in loader:
+        pruned.weigh(torch.ones(5), index)
+        list(loader)
+
+
+def other_seed(case: Case) -> None:
+    InfoBatch(10, 2, seed=1).load_state_dict(InfoBatch(10, 2, seed=0).state_dict())
+
+
+def by_validations(case: Case) -> None:
+    pruned = InfoBatch(10, 2, batch_size=5)
+    pruned.schedule(ReduceLROnPlateau(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])))
 
 
 def weigh(losses: Any, index: Any) -> None:
@@ -356,6 +376,7 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "the latest was cut short, and it was the only one": latest_cut,
     "`InfoBatch(0, 10)`": lambda case: InfoBatch(0, 10),
     "`InfoBatch(10, 0)`": lambda case: InfoBatch(10, 0),
+    '`InfoBatch(10, "4")`': lambda case: InfoBatch(10, "4"),
     "`attach` of a data set of another length": lambda case: InfoBatch(10, 2).attach(range(11)),
     "a batch size that does not divide among the processes": divided,
     "an `InfoBatch` that was made before the process group": too_early,
@@ -364,7 +385,14 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "indices as floats": lambda case: weigh([1.0], [0.0]),
     "an index outside the data set": lambda case: weigh([1.0], [10]),
     "an index that is not part of the pass": left_out,
-    "a loader that accelerate's `prepare` has shared out again": shared_out_twice,
+    "an index whose batch the loader has not handed out yet": too_soon,
+    "a loader that is walked anew in the midst of a walk": two_iterators,
+    "`loader(shuffle=True)`, or a sampler": lambda case: InfoBatch(10, 2).loader(list(range(10)), shuffle=True),
+    "a batch of the loader that does not make up the global one": lambda case: InfoBatch(10, 2, batch_size=4).loader(
+        list(range(10)), 3
+    ),
+    "a state of another length of training, seed, order or `item_seed`": other_seed,
+    "a schedule by validations": by_validations,
 }
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pickle
 import random
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 pytest.importorskip("mmengine")
 
+from infobatch_mm.core.sampler import SeededIndex
 from infobatch_mm.engine.loader import IndexedDataset, IndexedLoader, leaf_datasets, sample_name
 
 
@@ -113,3 +115,96 @@ def test_sample_names() -> None:
 def test_iterating_without_a_batch_size_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=None"):
         IndexedLoader(DataLoader(Numbers(), batch_size=None))
+
+
+class AtOnce(Dataset):
+    """Reads the items of a batch in one go, and counts how often."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        return 100 + index
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        self.asked.append(indices)
+        return [100 + index for index in indices]
+
+
+def test_a_data_set_that_reads_batches_is_asked_for_batches() -> None:
+    dataset = AtOnce()
+    host = DataLoader(Subset(dataset, range(9, -1, -1)), batch_size=4)
+    ours = IndexedLoader(host)
+    seen = [(batch.tolist(), ours.current.indices.tolist(), ours.current.replaced.tolist()) for batch in ours]
+    assert dataset.asked == [[9, 8, 7, 6], [5, 4, 3, 2], [1, 0]]
+    assert seen[0] == ([109, 108, 107, 106], [0, 1, 2, 3], [False] * 4)
+
+
+def test_items_that_may_be_replaced_or_have_seeds_are_read_one_by_one() -> None:
+    class Replacing(AtOnce):
+        def _rand_another(self) -> int:
+            return 105
+
+        def __getitem__(self, index: int) -> int:
+            return self._rand_another() if index == 4 else 100 + index
+
+    for dataset, indices, expected in [
+        (Replacing(), [3, 4], [(3, False, 103), (4, True, 105)]),
+        (AtOnce(), [3, SeededIndex(4, (1, 2, 3))], [(3, False, 103), (4, False, 104)]),
+    ]:
+        assert IndexedDataset(dataset).__getitems__(indices) == expected
+        assert not dataset.asked
+
+
+def from_the_largest(items: list[int]) -> torch.Tensor:
+    return default_collate(sorted(items, reverse=True))
+
+
+def without_the_fifth(items: list[int]) -> torch.Tensor:
+    return default_collate([item for item in items if item != 105])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("collate_fn", "message"),
+    [
+        (from_the_largest, "from_the_largest reorders or mixes its samples"),
+        (without_the_fifth, "without_the_fifth returned 3 rows for 4 samples"),
+    ],
+)
+def test_batches_in_another_order_or_number_are_refused(collate_fn: Any, message: str, workers: int) -> None:
+    host = DataLoader(Numbers(), batch_size=4, num_workers=workers, collate_fn=collate_fn)
+    with pytest.raises(ValueError, match=message):
+        list(IndexedLoader(host))
+
+
+def test_the_hosts_collation_stays_at_hand() -> None:
+    assert IndexedLoader(DataLoader(Numbers(), collate_fn=from_the_largest)).host_collate_fn is from_the_largest
+
+
+def test_a_run_is_refused_whose_collate_function_sorts(scenes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mmseg")
+    from mmengine.dataset import pseudo_collate
+    from mmengine.registry import FUNCTIONS
+
+    from .toy import config, train
+
+    @FUNCTIONS.register_module(force=True)
+    def by_name(items: list[dict]) -> dict:
+        return pseudo_collate(sorted(items, key=lambda item: item["data_samples"].img_path))
+
+    @FUNCTIONS.register_module(force=True)
+    def in_order(items: list[dict]) -> dict:
+        return pseudo_collate(items)
+
+    def run(collate: str) -> Any:
+        overrides = {"train_cfg.max_iters": 12, "train_dataloader.collate_fn": dict(type=collate)}
+        return train(config(scenes, tmp_path / collate, **overrides))[1]
+
+    with pytest.raises(ValueError, match="by_name reorders or mixes its samples"):
+        run("by_name")
+    twin, ours = run("pseudo_collate"), run("in_order")
+    assert ours.indices == twin.indices and ours.losses == twin.losses and ours.pixels == twin.pixels

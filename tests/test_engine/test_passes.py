@@ -124,7 +124,7 @@ def test_summary_adds_up(scenes: Path, tmp_path: Path) -> None:
     assert summary["saved_ratio"] == pytest.approx(1 - visits / (ITERS * B))
     assert (summary["iterations"], summary["iterations_full"]) == (runner.iter, ITERS)
     assert summary["wall_time_s"] > 0
-    assert set(summary["per_pass"][0]) == {"pass", "kept", "kept_ratio", "threshold", "score_mean"}
+    assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
     saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
     assert saved["times_seen"].sum() == visits
     assert saved["name"].tolist() == [f"training/{i:05d}.jpg" for i in range(N)]

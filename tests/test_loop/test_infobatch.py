@@ -6,10 +6,8 @@ import doctest
 import io
 import json
 import logging
-import multiprocessing
 import pickle
 import random
-import time
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -18,18 +16,24 @@ import numpy as np
 import pytest
 import torch
 from reference import ReferenceRun, weighted_mean
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-import infobatch_mm.core.infobatch as module
+import infobatch_mm.loop.infobatch as module
 from infobatch_mm import InfoBatch, InfoBatchPolicy, Plan, PruningPolicy
+from infobatch_mm.loop import PassLoader
 
 Visits = list[tuple[int, float]]
 
-LOADERS = pytest.mark.parametrize(
-    "workers",
-    [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}],
-    ids=["main", "workers", "persistent"],
-)
+WORKERS: list[dict[str, Any]] = [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
+#: A DataLoader of the user's over attach() and sampler, or infobatch.loader().
+USERS = [pytest.param(each, id=name) for each, name in zip(WORKERS, ("main", "workers", "persistent"), strict=True)]
+OURS = [
+    pytest.param({"ours": True, **each}, id=f"ours-{name}")
+    for each, name in zip(WORKERS, ("main", "workers", "persistent"), strict=True)
+]
+LOADERS = pytest.mark.parametrize("workers", [*USERS, *OURS])
+USERS_LOADERS = pytest.mark.parametrize("workers", USERS)
+OUR_LOADERS = pytest.mark.parametrize("workers", OURS)
 
 
 class Numbers(Dataset):
@@ -51,7 +55,7 @@ def losses_of(index: torch.Tensor, epoch: int) -> torch.Tensor:
     return ((index * 7919 + epoch * 104729 + 13) % 1009).float() / 1009 + 0.01
 
 
-BUILT: list[DataLoader] = []
+BUILT: list[DataLoader | PassLoader] = []
 
 
 @pytest.fixture(autouse=True)
@@ -59,20 +63,30 @@ def stop_persistent_workers():
     """No test inherits the worker processes of another."""
     yield
     while BUILT:
-        iterator = BUILT.pop()._iterator
+        loader = BUILT.pop()
+        iterator = (loader._loader if isinstance(loader, PassLoader) else loader)._iterator
         if iterator is not None:
             iterator._shutdown_workers()
 
 
 def build(
     num_samples: int, per_batch: int = 4, workers: dict[str, Any] | None = None, drop_last: bool = False, **kwargs: Any
-) -> tuple[InfoBatch, DataLoader]:
+) -> tuple[InfoBatch, Any]:
     """An InfoBatch of six passes, all of them open to pruning unless said otherwise, and its loader."""
     infobatch = InfoBatch(num_samples, **{"num_epochs": 6, "delta": 1.0, **kwargs})
-    dataset = infobatch.attach(Numbers(num_samples))
-    loader = DataLoader(dataset, per_batch, sampler=infobatch.sampler, drop_last=drop_last, **(workers or {}))
+    options = {"drop_last": drop_last, **(workers or {})}
+    loader: Any
+    if options.pop("ours", False):
+        loader = infobatch.loader(Numbers(num_samples), per_batch, **options)
+    else:
+        loader = DataLoader(infobatch.attach(Numbers(num_samples)), per_batch, sampler=infobatch.sampler, **options)
     BUILT.append(loader)
     return infobatch, loader
+
+
+def divides_by(workers: dict[str, Any], per_batch: int) -> int:
+    """What the kept counts are a multiple of, where InfoBatch is given no batch size."""
+    return per_batch if "ours" in workers else 1
 
 
 def train(infobatch: InfoBatch, loader: Iterable, epoch: int, batches: int | None = None) -> Visits:
@@ -118,8 +132,10 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 def test_every_visit_of_a_plan_is_made_once_with_the_weight_of_the_twin(
     workers: dict[str, Any], num_samples: int, batch_size: int
 ):
+    if "ours" in workers and batch_size > num_samples:
+        pytest.skip("our loader refuses a batch that holds more than the data set")
     infobatch, loader = build(num_samples, batch_size, workers, num_epochs=5, delta=0.8)
-    twin = ReferenceRun(num_samples, 5, 0.5, 0.8)
+    twin = ReferenceRun(num_samples, 5, 0.5, 0.8, divides_by(workers, batch_size))
     pruned = 0
     for epoch in range(5):
         assert passes_done(infobatch) == epoch
@@ -166,8 +182,8 @@ def test_same_seed_gives_the_same_training_and_another_seed_another():
 
 @LOADERS
 def test_workers_do_not_change_the_training(workers: dict[str, Any]):
-    infobatch, loader = build(30)
-    other, other_loader = build(30, workers=workers)
+    infobatch, loader = build(30, batch_size=4)
+    other, other_loader = build(30, workers=workers, batch_size=4)
     for epoch in range(3):
         assert train(other, other_loader, epoch) == train(infobatch, loader, epoch)
 
@@ -231,12 +247,18 @@ def test_docstring_example_runs():
 # ---- what ends a pass, and what does not -------------------------------------------------------------------------
 
 
+def plans(num_samples: int, batch_size: int = 4, passes: int = 2, **kwargs: Any) -> list[list[int]]:
+    """What a training visits that weighs every batch."""
+    infobatch, loader = build(num_samples, batch_size, batch_size=batch_size, **kwargs)
+    return [indices_of(train(infobatch, loader, epoch)) for epoch in range(passes)]
+
+
 @LOADERS
 @pytest.mark.parametrize(("num_samples", "batch_size"), [(40, 4), (5, 2), (4, 2), (3, 3)])
 def test_peek_consumes_nothing(workers: dict[str, Any], num_samples: int, batch_size: int):
     # With two workers and these sizes the prefetch hands out some, all or just all of the indices.
-    infobatch, loader = build(num_samples, batch_size, workers)
-    unpeeked, unpeeked_loader = build(num_samples, batch_size)
+    infobatch, loader = build(num_samples, batch_size, workers, batch_size=batch_size)
+    unpeeked, unpeeked_loader = build(num_samples, batch_size, batch_size=batch_size)
     for epoch in range(3):
         for _ in range(2):
             peeked = next(iter(loader))[0].tolist()
@@ -247,91 +269,257 @@ def test_peek_consumes_nothing(workers: dict[str, Any], num_samples: int, batch_
 
 
 @LOADERS
-def test_weighed_peek_counts_as_the_first_batch(workers: dict[str, Any]):
-    infobatch, loader = build(12, 4, workers)
-    plan = list(InfoBatch(12, 6).sampler)
-    index, _ = next(iter(loader))
-    infobatch.weigh(losses_of(index, 0), index)
-    assert index.tolist() + indices_of(train(infobatch, loader, 0)) == plan
-    assert passes_done(infobatch) == 1
+def test_a_walk_of_which_nothing_is_weighed_counts_for_nothing(workers: dict[str, Any]):
+    # As a train accuracy is measured, before, between and after the passes.
+    infobatch, loader = build(40, 4, workers, num_epochs=3, batch_size=4)
+    expected = plans(40, passes=3, num_epochs=3)
+    for epoch in range(3):
+        looked_at = [index for batch, _ in loader for index in batch.tolist()]
+        assert looked_at == expected[epoch]
+        assert passes_done(infobatch) == epoch
+        assert indices_of(train(infobatch, loader, epoch)) == expected[epoch]
+    for _ in loader:
+        pass
+    summary = infobatch.summary()
+    assert (summary["passes_done"], summary["visits_skipped"]) == (3, 0)
+    assert summary["samples_seen"] == sum(map(len, expected))
 
 
 @LOADERS
 @pytest.mark.parametrize("done", [1, 2, 3, 4])
-def test_walk_abandoned_midway_goes_on_with_the_rest(workers: dict[str, Any], done: int):
+def test_a_walk_that_is_broken_off_is_followed_by_a_new_pass(workers: dict[str, Any], done: int):
     # Five batches of which the prefetch hands out the last while the second is weighed.
-    infobatch, loader = build(20, 4, workers)
-    plan = list(InfoBatch(20, 6).sampler)
+    infobatch, loader = build(20, 4, workers, batch_size=4)
     before = train(infobatch, loader, 0, batches=done)
-    rest = train(infobatch, loader, 0)
-    assert indices_of(before + rest) == plan
-    assert passes_done(infobatch) == 1
+    assert indices_of(before) == plans(20)[0][: 4 * done]
+    after = train(infobatch, loader, 1)
+    twin = ReferenceRun(20, 6, 0.5, 1.0, 4)
+    twin.finish(indices_of(before), losses_of(torch.tensor(indices_of(before)), 0).tolist())
+    check_against(twin, after, 1)
+    summary = infobatch.summary()
+    assert [entry["kept"] for entry in summary["per_pass"]] == [4 * done, len(after)]
+    assert (summary["passes_done"], summary["visits_skipped"]) == (2, 0)
 
 
 @LOADERS
-def test_peek_midway_consumes_nothing(workers: dict[str, Any]):
-    infobatch, loader = build(20, 4, workers)
-    plan = list(InfoBatch(20, 6).sampler)
-    before = train(infobatch, loader, 0, batches=3)
-    peeked = next(iter(loader))[0].tolist()
-    assert peeked == plan[12:16]
-    assert indices_of(before + train(infobatch, loader, 0)) == plan
+@pytest.mark.parametrize("skipped", [(0,), (2,), (0, 3), (1, 2, 3)])
+def test_skipped_batches_are_booked_and_the_next_pass_is_a_new_one(workers: dict[str, Any], skipped: tuple[int, ...]):
+    infobatch, loader = build(64, 8, {**workers, **({"in_order": True} if workers.get("num_workers") else {})})
+    seen: list[set[int]] = []
+    for epoch in range(4):
+        visits: list[int] = []
+        for i, (index, _) in enumerate(loader):
+            if i in skipped:
+                continue  # as after a loss that is NaN
+            infobatch.weigh(losses_of(index, epoch), index)
+            visits += index.tolist()
+        seen.append(set(visits))
+        assert passes_done(infobatch) == epoch + 1
+        entry = infobatch.summary()["per_pass"][epoch]
+        assert (entry["kept"], entry["skipped"]) == (len(visits), 8 * len(skipped))
+    assert len(set(map(frozenset, seen))) == 4
+    assert len(set.union(*seen)) > 56 - 8 * (len(skipped) - 1)
 
 
-def test_listing_the_sampler_twice_walks_two_passes():
-    infobatch = InfoBatch(20, 6)
-    first, second, third = (list(infobatch.sampler) for _ in range(3))
-    assert sorted(first) == sorted(second) == sorted(third) == list(range(20))
-    assert len({tuple(first), tuple(second), tuple(third)}) == 3
-    iter(infobatch.sampler)
-    assert passes_done(infobatch) == 3
+@OUR_LOADERS
+def test_a_skipped_last_batch_is_booked(workers: dict[str, Any]):
+    infobatch, loader = build(64, 8, workers)
+    for epoch in range(3):
+        for i, (index, _) in enumerate(loader):
+            if i < len(loader) - 1:
+                infobatch.weigh(losses_of(index, epoch), index)
+        assert infobatch.summary()["per_pass"][epoch]["skipped"] == 8
 
 
-def test_listing_the_sampler_twice_walks_two_passes_whatever_else_the_process_runs():
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))  # a validation loader's, say
-    child.start()
-    try:
-        infobatch = InfoBatch(20, 6)
-        assert list(infobatch.sampler) != list(infobatch.sampler)
-        iter(infobatch.sampler)
-        assert passes_done(infobatch) == 2
-    finally:
-        child.terminate()
-        child.join()
+@OUR_LOADERS
+def test_a_look_at_the_next_batch_in_the_midst_of_a_walk_changes_nothing(workers: dict[str, Any]):
+    infobatch, loader = build(40, 4, workers)
+    expected = plans(40)
+    for epoch in range(2):
+        visited: list[int] = []
+        for index, _ in loader:
+            infobatch.weigh(losses_of(index, epoch), index)
+            visited += index.tolist()
+            looked_at, (x, _) = next(iter(loader))
+            assert x[:, 0].tolist() == looked_at.tolist()
+            rest = expected[epoch][len(visited) :]
+            assert looked_at.tolist() == (rest[:4] if rest else visited[-4:])
+        assert visited == expected[epoch]
+        assert passes_done(infobatch) == epoch + 1
 
 
-def test_starting_a_walk_twice_ends_one_pass_only():
-    infobatch = InfoBatch(20, 6)
-    list(infobatch.sampler)
+@OUR_LOADERS
+def test_a_second_walk_takes_the_pass_over_and_the_first_is_told(workers: dict[str, Any]):
+    infobatch, loader = build(40, 4, workers)
+    expected = plans(40)[0]
+    first = iter(loader)
+    visited: list[int] = []
     for _ in range(3):
-        iter(infobatch.sampler)
-    assert passes_done(infobatch) == 1
+        index, _ = next(first)
+        infobatch.weigh(losses_of(index, 0), index)
+        visited += index.tolist()
+    # As in a notebook where an interrupted cell keeps the iterator alive.
+    assert indices_of(train(infobatch, loader, 0)) == expected[12:]
+    assert (passes_done(infobatch), infobatch.summary()["per_pass"][0]["kept"]) == (1, 40)
+    with pytest.raises(ValueError, match="pass 0 is walked by two iterators at once"):
+        next(first)
 
 
-def test_leftover_of_an_old_walk_ends_nothing():
-    infobatch = InfoBatch(20, 6)
+@USERS_LOADERS
+def test_an_iterator_goes_on_no_more_once_another_has_begun_a_pass(workers: dict[str, Any]):
+    infobatch, _ = build(20, 4, workers)
     old = iter(infobatch.sampler)
-    next(old)
-    for index in infobatch.sampler:
-        infobatch.weigh(torch.tensor([float(index)]), [index])
-    list(old)
+    infobatch.weigh(torch.ones(1), [next(old)])
     list(infobatch.sampler)
-    assert passes_done(infobatch) == 1
+    with pytest.raises(ValueError, match="pass 0 is walked by two iterators at once"):
+        next(old)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_broken_walk_of_workers_in_any_order_is_followed_by_a_new_pass(ours: bool):
+    options = dict(num_workers=2, in_order=False, **({"ours": True} if ours else {}))
+    infobatch, loader = build(64, 8, options)
+    seen: set[int] = set()
+    for epoch in range(6):
+        seen |= set(indices_of(train(infobatch, loader, epoch, batches=2)))
+        assert infobatch.summary()["samples_seen"] == 16 * (epoch + 1)
+    assert len(seen) > 40
+
+
+@LOADERS
+def test_micro_batches_are_weighed_one_by_one(workers: dict[str, Any]):
+    infobatch, loader = build(64, 8, workers, drop_last=True, batch_size=8)
+    twin = ReferenceRun(64, 6, 0.5, 1.0, 8)
+    for epoch in range(4):
+        visits: Visits = []
+        for index, _ in loader:
+            for part in index.split(4):
+                losses = losses_of(part, epoch).requires_grad_()
+                infobatch.weigh(losses, part).backward()
+                visits += zip(part.tolist(), (losses.grad * len(part)).tolist(), strict=True)
+        assert len(visits) == len(set(indices_of(visits)))
+        check_against(twin, visits, epoch)
+        assert infobatch.summary()["per_pass"][epoch]["kept"] == len(visits)
+
+
+@LOADERS
+def test_two_views_of_a_batch_are_one_visit_scored_by_the_mean_of_their_losses(workers: dict[str, Any]):
+    infobatch, loader = build(64, 8, workers, batch_size=8)
+    twin = ReferenceRun(64, 6, 0.5, 1.0, 8)
+    for epoch in range(4):
+        visits: Visits = []
+        for index, _ in loader:
+            one, other = losses_of(index, epoch), losses_of(index, epoch + 17)
+            losses = torch.cat([one, other]).requires_grad_()
+            weighted = infobatch.weigh(losses, index.repeat(2))
+            weighted.backward()
+            weights = losses.grad * len(losses)
+            assert torch.equal(weights[:8], weights[8:])
+            visits += zip(index.tolist(), weights[:8].tolist(), strict=True)
+        expected = twin.weights(indices_of(visits))
+        assert dict(visits) == pytest.approx(expected, rel=1e-6)
+        index = torch.tensor(indices_of(visits))
+        twin.finish(index.tolist(), ((losses_of(index, epoch) + losses_of(index, epoch + 17)) / 2).tolist())
+        assert infobatch.summary()["per_pass"][epoch]["kept"] == len(visits)
+    assert infobatch.state_dict()["times_seen"].max() == 4
+
+
+@LOADERS
+def test_a_second_loss_of_a_batch_is_weighed_and_no_second_visit(workers: dict[str, Any]):
+    # As of optimisers that evaluate twice.
+    infobatch, loader = build(24, 4, workers, batch_size=4)
+    plain, plain_loader = build(24, 4, workers, batch_size=4)
+    for epoch in range(4):
+        for index, _ in loader:
+            first = infobatch.weigh(losses_of(index, epoch), index)
+            assert infobatch.weigh(2 * losses_of(index, epoch), index).item() == pytest.approx(2 * first.item())
+        train(plain, plain_loader, epoch)
+    assert infobatch.summary() == plain.summary()
+    assert torch.equal(infobatch.state_dict()["scores"], plain.state_dict()["scores"])
+
+
+@OUR_LOADERS
+@pytest.mark.parametrize("across", [False, True])
+def test_loops_that_fetch_a_batch_ahead_lose_no_visit(workers: dict[str, Any], across: bool):
+    """Within a pass, and across their ends: the last batch is weighed after the next one was fetched."""
+    infobatch, loader = build(64, 8, workers)
+    in_hand = None
+    made = [0] * 4
+    for epoch in range(4):
+        for index, _ in loader:
+            if in_hand is not None:
+                infobatch.weigh(losses_of(in_hand[0], epoch), in_hand[0])
+                made[in_hand[1]] += len(in_hand[0])
+            in_hand = (index, epoch)
+        if not across:
+            infobatch.weigh(losses_of(in_hand[0], epoch), in_hand[0])
+            made[epoch] += len(in_hand[0])
+            in_hand = None
+    if in_hand is not None:
+        infobatch.weigh(losses_of(in_hand[0], 4), in_hand[0])
+        made[3] += len(in_hand[0])
+    summary = infobatch.summary()
+    assert [entry["kept"] for entry in summary["per_pass"]] == made
+    assert (summary["visits_skipped"], summary["passes_done"]) == (0, 4)
+    assert int(infobatch.state_dict()["times_seen"].sum()) == sum(made)
+
+
+def test_a_batch_of_an_earlier_pass_is_refused():
+    infobatch, loader = build(64, 8, {"ours": True}, prune_ratio=0.7)
+    train(infobatch, loader, 0)
+    old = [index for index, _ in loader][-1]
+    train(infobatch, loader, 1)
+    next(iter(loader))
+    with pytest.raises(ValueError, match=r"was not handed out so far in pass 2|is not part of pass 2"):
+        infobatch.weigh(torch.ones(8), old)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_collate_function_that_drops_broken_items_loses_no_pass(workers: dict[str, Any]):
+    """Of attach(), with pairs; of our loader, with bare items."""
+
+    for ours in (False, True):
+        infobatch = InfoBatch(64, 6, delta=1.0, batch_size=8)
+        if ours:
+            loader: Any = infobatch.loader(Numbers(64), 8, collate_fn=without_broken, **workers)
+        else:
+            data = infobatch.attach(Numbers(64))
+            loader = DataLoader(data, 8, sampler=infobatch.sampler, collate_fn=pairs_without_broken, **workers)
+        BUILT.append(loader)
+        for epoch in range(5):
+            visits = train(infobatch, loader, epoch)
+            assert not {5, 17} & set(indices_of(visits))
+            entry = infobatch.summary()["per_pass"][epoch] if ours else None
+            if entry is not None:
+                assert (entry["kept"], entry["skipped"]) == (len(visits), 2)
+            assert len(visits) > 30
+        # The broken ones have no score and are never pruned.
+        assert infobatch.state_dict()["seen"].sum() == 62
+
+
+def without_broken(items: list) -> Any:
+    return default_collate([item for item in items if int(item[0][0]) not in (5, 17)])
+
+
+def pairs_without_broken(pairs: list) -> Any:
+    return default_collate([pair for pair in pairs if pair[0] not in (5, 17)])
 
 
 @LOADERS
 @pytest.mark.parametrize("num_samples", [10, 31])
-def test_drop_last_loader_advances_when_a_new_walk_starts(workers: dict[str, Any], num_samples: int):
+def test_drop_last_leaves_out_a_tail(workers: dict[str, Any], num_samples: int):
     infobatch, loader = build(num_samples, 4, workers, drop_last=True, prune_ratio=0)
     for epoch in range(5):
         visits = train(infobatch, loader, epoch)
         assert len(set(indices_of(visits))) == len(visits) == num_samples // 4 * 4
-        assert passes_done(infobatch) == epoch
-    iter(infobatch.sampler)
+        # A DataLoader of the user's does not say that it drops a tail.
+        assert passes_done(infobatch) == epoch + ("ours" in workers)
+    next(iter(loader))
     assert passes_done(infobatch) == 5
+    assert infobatch.summary()["visits_skipped"] == 0
 
 
-@LOADERS
+@USERS_LOADERS
 def test_pruned_drop_last_loader_agrees_with_the_twin(workers: dict[str, Any]):
     infobatch, loader = build(31, 4, workers, drop_last=True)
     twin = ReferenceRun(31, 6, 0.5, 1.0)
@@ -355,7 +543,7 @@ def test_peek_at_a_drop_last_loader_between_epochs_consumes_nothing(workers: dic
     for epoch in range(4):
         next(iter(loader))
         assert len(train(infobatch, loader, epoch)) == 28
-        assert passes_done(infobatch) == epoch
+        assert passes_done(infobatch) == epoch + ("ours" in workers)
 
 
 def test_weighing_a_batch_twice_does_not_end_the_pass():
@@ -370,14 +558,13 @@ def test_weighing_a_batch_twice_does_not_end_the_pass():
     assert passes_done(infobatch) == 1
 
 
-def test_set_epoch_is_harmless():
-    infobatch, loader = build(30)
-    plain, plain_loader = build(30)
+@LOADERS
+def test_set_epoch_is_harmless(workers: dict[str, Any]):
+    infobatch, loader = build(30, workers=workers, batch_size=4)
+    plain, plain_loader = build(30, batch_size=4)
     for epoch in range(4):
-        infobatch.sampler.set_epoch(epoch)
-        before = train(infobatch, loader, epoch, batches=2)
-        infobatch.sampler.set_epoch(epoch)
-        assert before + train(infobatch, loader, epoch) == train(plain, plain_loader, epoch)
+        (loader if "ours" in workers else infobatch.sampler).set_epoch(epoch)
+        assert train(infobatch, loader, epoch) == train(plain, plain_loader, epoch)
 
 
 def test_epochs_beyond_the_schedule_are_full_and_save_nothing():
@@ -408,14 +595,19 @@ def test_len_is_right_before_a_walk_and_constant_until_its_last_weigh(workers: d
     assert len(lengths) > 1
 
 
-def test_len_neither_ends_nor_starts_anything():
-    infobatch, loader = build(31, 4)
-    plain, plain_loader = build(31, 4)
+@LOADERS
+def test_len_neither_ends_nor_starts_anything(workers: dict[str, Any]):
+    infobatch, loader = build(31, 4, workers, batch_size=4)
+    plain, plain_loader = build(31, 4, batch_size=4)
     for epoch in range(3):
         len(loader)
-        before = train(infobatch, loader, epoch, batches=3)
-        assert len(infobatch.sampler) == len(plain.sampler)
-        assert before + train(infobatch, loader, epoch) == train(plain, plain_loader, epoch)
+        visits: Visits = []
+        for index, _ in loader:
+            len(loader), len(infobatch.sampler)
+            losses = losses_of(index, epoch).requires_grad_()
+            infobatch.weigh(losses, index).backward()
+            visits += zip(index.tolist(), (losses.grad * len(index)).tolist(), strict=True)
+        assert visits == train(plain, plain_loader, epoch)
         assert passes_done(infobatch) == epoch + 1
 
 
@@ -588,6 +780,7 @@ def test_weighing_before_or_after_a_pass_is_refused():
     with pytest.raises(ValueError, match="no pass"):
         infobatch.weigh(torch.zeros(1), [0])
     infobatch.weigh(torch.zeros(4), list(infobatch.sampler))
+    infobatch.load_state_dict(infobatch.state_dict())
     with pytest.raises(ValueError, match="no pass"):
         infobatch.weigh(torch.zeros(1), [0])
 
@@ -685,14 +878,16 @@ def test_resuming_midway_continues_with_the_very_same_visits_and_weights(
     before = train(straight, loader, epoch, batches)
     state = through_a_file(straight.state_dict())
 
-    resumed, resumed_loader = build(50, 4, workers, num_epochs=4, seed=77)
+    resumed, resumed_loader = build(50, 4, workers, num_epochs=4)
     resumed.load_state_dict(state)
     rest = train(resumed, resumed_loader, epoch)
     assert len(set(indices_of(before + rest))) == len(before + rest) == plan_length
     # The straight run, walked on without workers: their prefetch must not decide what comes next.
     straight.load_state_dict(state)
-    _, main_loader = build(50, 4)
-    main_loader = DataLoader(main_loader.dataset, sampler=straight.sampler, batch_size=4)
+    if "ours" in workers:
+        main_loader: Any = straight.loader(Numbers(50), 4)
+    else:
+        main_loader = DataLoader(straight.attach(Numbers(50)), sampler=straight.sampler, batch_size=4)
     assert rest == train(straight, main_loader, epoch)
     for later in range(epoch + 1, 4):
         assert train(resumed, resumed_loader, later) == train(straight, main_loader, later)
@@ -702,28 +897,108 @@ def test_resuming_midway_continues_with_the_very_same_visits_and_weights(
 def test_resuming_between_passes_equals_the_straight_run():
     straight, loader = build(30)
     train(straight, loader, 0)
-    resumed, resumed_loader = build(30, seed=5)
+    resumed, resumed_loader = build(30)
     resumed.load_state_dict(through_a_file(straight.state_dict()))
     for epoch in range(1, 4):
         assert train(resumed, resumed_loader, epoch) == train(straight, loader, epoch)
 
 
-def test_resuming_after_a_drop_last_epoch_equals_the_straight_run():
-    straight, loader = build(31, drop_last=True)
+@LOADERS
+def test_resuming_after_a_drop_last_epoch_equals_the_straight_run(workers: dict[str, Any]):
+    straight, loader = build(31, workers=workers, drop_last=True)
     train(straight, loader, 0)
-    resumed, resumed_loader = build(31, drop_last=True)
+    resumed, resumed_loader = build(31, workers=workers, drop_last=True)
     resumed.load_state_dict(through_a_file(straight.state_dict()))
+    assert passes_done(resumed) == ("ours" in workers)
+    if "ours" not in workers:
+        # Nothing but the tail is left of the pass, which this DataLoader drops: an empty walk ends it.
+        assert not train(resumed, resumed_loader, 0)
     for epoch in range(1, 4):
         assert train(resumed, resumed_loader, epoch) == train(straight, loader, epoch)
 
 
-def test_rolling_back_midway_forgets_a_walk_that_came_after_the_state():
-    infobatch, loader = build(31, drop_last=True)
+@LOADERS
+def test_rolling_back_midway_forgets_a_walk_that_came_after_the_state(workers: dict[str, Any]):
+    infobatch, loader = build(31, 4, workers, drop_last=True)
+    plan = indices_of(train(*build(31, 4, workers, drop_last=True), 0))
     train(infobatch, loader, 0, batches=2)
     state = through_a_file(infobatch.state_dict())
-    rest = train(infobatch, loader, 0)
+    train(infobatch, loader, 1)
     infobatch.load_state_dict(state)
-    assert train(infobatch, loader, 0) == rest
+    assert indices_of(train(infobatch, loader, 0)) == plan[8:]
+
+
+@OUR_LOADERS
+@pytest.mark.parametrize("at", [0, 2, 6])
+def test_a_state_between_a_batch_and_its_weighing_hands_the_batch_out_again(workers: dict[str, Any], at: int):
+    infobatch, loader = build(31, 4, workers)
+    plan = plans(31)[0]
+    for i, (index, _) in enumerate(loader):
+        if i == at:
+            break
+        infobatch.weigh(losses_of(index, 0), index)
+    resumed, resumed_loader = build(31, 4, workers)
+    resumed.load_state_dict(through_a_file(infobatch.state_dict()))
+    assert indices_of(train(resumed, resumed_loader, 0)) == plan[4 * at :]
+
+
+def test_a_state_of_workers_in_any_order_holds_what_is_left():
+    infobatch, loader = build(40, 4, {"ours": True, "num_workers": 2, "in_order": False})
+    before = indices_of(train(infobatch, loader, 0, batches=4))
+    walk = infobatch._passes.walk
+    walk._delivered.reverse()  # as if the second worker had been faster
+    state = through_a_file(infobatch.state_dict())
+    assert state["plan"]["indices"][:16].tolist() != before and set(state["plan"]["indices"][:16].tolist()) == set(
+        before
+    )
+    resumed, resumed_loader = build(40, 4, {"ours": True})
+    resumed.load_state_dict(state)
+    rest = indices_of(train(resumed, resumed_loader, 0))
+    assert sorted(before + rest) == list(range(40))
+
+
+def test_what_was_skipped_before_a_checkpoint_is_booked_after_it():
+    infobatch, loader = build(32, 4, {"ours": True})
+    for i, (index, _) in enumerate(loader):
+        if i != 1:
+            infobatch.weigh(losses_of(index, 0), index)
+        if i == 3:
+            break
+    resumed, resumed_loader = build(32, 4, {"ours": True})
+    resumed.load_state_dict(through_a_file(infobatch.state_dict()))
+    train(resumed, resumed_loader, 0)
+    entry = resumed.summary()["per_pass"][0]
+    assert (entry["kept"], entry["skipped"], entry["kept_ratio"]) == (28, 4, 28 / 32)
+    assert resumed.summary()["saved_ratio"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "here"),
+    [("num_epochs", 4, 6), ("seed", 0, 3), ("shuffle", True, False), ("item_seed", False, True)],
+)
+def test_a_state_of_another_training_is_refused_with_both_values(name: str, there: Any, here: Any):
+    state = InfoBatch(10, **{"num_epochs": 4, name: there}).state_dict()
+    with pytest.raises(ValueError, match=f"trained with {name}={there}, this run has {name}={here}"):
+        InfoBatch(10, **{"num_epochs": 4, name: here}).load_state_dict(state)
+
+
+def test_a_state_of_another_data_set_is_refused_by_its_fingerprint():
+    state = InfoBatch(10, 4, fingerprint="a").state_dict()
+    InfoBatch(10, 4, fingerprint="a").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"fingerprint 'a', this data set has 'b'"):
+        InfoBatch(10, 4, fingerprint="b").load_state_dict(state)
+
+
+def test_a_loader_made_after_the_state_was_loaded_goes_on_in_its_batches():
+    straight, loader = build(50, 4, {"ours": True})
+    train(straight, loader, 0)
+    before = train(straight, loader, 1, batches=3)
+    resumed = InfoBatch(50, 6, delta=1.0)
+    resumed.load_state_dict(through_a_file(straight.state_dict()))
+    rest = train(resumed, resumed.loader(Numbers(50), 4), 1)
+    other, other_loader = build(50, 4, {"ours": True})
+    train(other, other_loader, 0)
+    assert before + rest == train(other, other_loader, 1)
 
 
 def test_state_of_another_run_is_refused_with_both_values():
@@ -752,7 +1027,8 @@ def test_summary_has_the_keys_of_the_contract_and_adds_up():
     assert (summary["samples_seen"], summary["samples_full"]) == (sum(kept), 90)
     assert summary["saved_ratio"] == pytest.approx(1 - sum(kept) / 90)
     assert [entry["kept"] for entry in summary["per_pass"]] == kept
-    assert all(set(entry) == {"pass", "kept", "kept_ratio", "threshold", "score_mean"} for entry in summary["per_pass"])
+    keys = {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
+    assert all(set(entry) == keys for entry in summary["per_pass"])
 
 
 def test_summary_is_not_the_book_itself():
@@ -769,7 +1045,8 @@ def test_resumed_on_more_processes_a_pass_is_finished(monkeypatch: pytest.Monkey
     for _ in range(7):
         index = [next(walk) for _ in range(8)]
         alone.weigh(torch.ones(8), index)
-    monkeypatch.setattr("infobatch_mm.core.infobatch.world_size", lambda: 2)
+    for module_name in ("passes", "infobatch", "sizes"):
+        monkeypatch.setattr(f"infobatch_mm.loop.{module_name}.world_size", lambda group=None: 2)
     first = InfoBatch(64, 3, batch_size=8)
     first.load_state_dict(alone.state_dict())
     assert len(list(first.sampler)) == 4
@@ -780,9 +1057,7 @@ def test_resumed_on_more_processes_a_pass_is_finished(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("save_after", range(1, 6))
 def test_with_drop_last_epochs_saved_at_their_end_are_neither_repeated_nor_lost(save_after: int, workers: int):
     def epochs(infobatch: InfoBatch, until: int) -> list[int]:
-        loader = DataLoader(
-            infobatch.attach(list(range(37))), 4, sampler=infobatch.sampler, drop_last=True, num_workers=workers
-        )
+        loader = infobatch.loader(list(range(37)), drop_last=True, num_workers=workers)
         steps = []
         for _ in range(infobatch.summary()["passes_done"], until):
             batches = [infobatch.weigh(1.0 + index.float(), index) for index, _ in loader]
@@ -811,11 +1086,83 @@ def test_a_tail_that_is_not_dropped_is_visited_after_a_resume():
 
 def test_batches_of_several_processes_that_are_too_large_are_warned_of_once(monkeypatch: pytest.MonkeyPatch):
     infobatch = InfoBatch(16, 2, batch_size=4)
-    infobatch._sampler.world = 2
-    monkeypatch.setattr("infobatch_mm.core.infobatch.world_size", lambda: 2)
+    infobatch._passes.world = infobatch._passes.sizes.world = 2
+    monkeypatch.setattr("infobatch_mm.loop.passes.world_size", lambda group=None: 2)
     index = list(infobatch.sampler)
     with pytest.warns(UserWarning, match=r"4 samples on each of 2 processes are 8 at once, but batch_size=4"):
         infobatch.weigh(torch.ones(4), index[:4])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         infobatch.weigh(torch.ones(4), index[4:])
+
+
+# ---- numbers as users give them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor, lambda value: np.array(value)], ids=str)
+@pytest.mark.parametrize("real", [np.float32, np.float64, torch.tensor], ids=str)
+def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(whole: Any, real: Any):
+    given = InfoBatch(
+        whole(40), whole(6), real(0.5), real(0.875), seed=whole(3), batch_size=whole(4), score_ema=real(0.75)
+    )
+    plain = InfoBatch(40, 6, 0.5, 0.875, seed=3, batch_size=4, score_ema=0.75)
+    assert json.dumps(given.summary()) == json.dumps(plain.summary())
+    assert train(given, given.loader(Numbers(40), whole(4)), 0) == train(plain, plain.loader(Numbers(40)), 0)
+    given.load_state_dict(through_a_file(plain.state_dict()))
+
+
+@pytest.mark.parametrize("value", [4.0, "4", True, np.float32(4), None])
+def test_what_is_no_whole_number_is_refused(value: Any):
+    with pytest.raises(ValueError, match=r"num_epochs=.* is not a whole number"):
+        InfoBatch(10, value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(shuffle=True), "takes no shuffle"),
+        (dict(sampler=[1]), "takes no sampler"),
+        (dict(batch_sampler=[[1]]), "takes no batch_sampler"),
+        (dict(batch_size=3), "does not divide the global batch_size=4"),
+        (dict(batch_size=0), "batch_size=0 is below 1"),
+        (dict(batch_size=2.0), "is not a whole number"),
+    ],
+)
+def test_options_of_a_loader_that_do_not_fit_are_refused(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        InfoBatch(10, 2, batch_size=4).loader(Numbers(10), **options)
+    with pytest.raises(ValueError, match="one global batch holds 11 samples but the data set only 10"):
+        InfoBatch(10, 2).loader(Numbers(10), 11)
+    with pytest.raises(ValueError, match="this InfoBatch was made for 10 samples, the data set has 9"):
+        InfoBatch(10, 2).loader(Numbers(9), 3)
+
+
+def test_a_second_loader_walks_the_same_passes_in_its_own_way():
+    infobatch, loader = build(40, 4, {"ours": True})
+    clean = infobatch.loader(list("x" * 40), 2)
+    for epoch in range(3):
+        assert len(list(clean)) == len(clean) and passes_done(infobatch) == epoch
+        train(infobatch, loader, epoch)
+    with pytest.raises(ValueError, match="does not divide the global batch_size=4"):
+        infobatch.loader(Numbers(40), 8)
+
+
+def test_the_loader_of_our_own_is_no_dataloader_that_a_framework_would_share_out_again():
+    accelerate = pytest.importorskip("accelerate")
+    infobatch, loader = build(40, 4, {"ours": True})
+    assert accelerate.Accelerator(cpu=True).prepare(loader) is loader
+    assert len(train(infobatch, loader, 0)) == 40
+
+
+def test_an_index_on_a_device_is_checked_when_the_pass_ends(monkeypatch: pytest.MonkeyPatch):
+    # As if the CPU was a device that is not to be looked at.
+    monkeypatch.setattr("infobatch_mm.loop.walk.on_cpu", lambda index: False)
+    infobatch, loader = build(16, 4, {"ours": True})
+    for index, _ in loader:
+        infobatch.weigh(torch.ones(4), index)
+    _, left_out = train(infobatch, loader, 1), 99
+    walk = iter(loader)
+    next(walk)
+    infobatch.weigh(torch.ones(1), torch.tensor([left_out]))  # nothing is said in the step
+    with pytest.raises(ValueError, match="sample index 99 is outside the data set of 16 samples"):
+        infobatch.summary()

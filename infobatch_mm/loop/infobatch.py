@@ -1,0 +1,303 @@
+"""Dynamic data pruning for any PyTorch loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, Sampler
+
+from ..core.checks import whole_number
+from ..core.distributed import Group, require_equal, world_size
+from ..core.loader import IndexedItems
+from ..core.policies import PruningPolicy, build_policy
+from ..core.pruner import Pruner
+from ..core.schedule import EpochSchedule
+from ..core.scores import checked_level
+from .loader import PassLoader, check_dataset
+from .passes import Passes
+from .sampler import WalkSampler
+from .scheduler import ProgressScheduler
+from .sizes import Sizes, checked_batch
+
+
+class InfoBatch:
+    """InfoBatch for a training loop of your own.
+
+    Skips a share of the samples that the model already knows in each pass and rescales the loss of the
+    others so that the gradient stays unbiased (Qin et al., "InfoBatch: Lossless Training Speed Up by
+    Unbiased Dynamic Data Pruning", ICLR 2024).
+
+    Args:
+        num_samples (int): Size of the data set, at least 1.
+        num_epochs (int): Passes over the data in the whole training, at least 1.
+        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which every sample is visited, in (0, 1].
+            Defaults to 0.875.
+        policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'``, a registered policy of your own
+            by its name or as ``dict(type=name, ...)`` with its arguments, or an instance. Defaults to ``'infobatch'``.
+        seed (int): Seed of the draws, the same on every process. Defaults to 0.
+        batch_size (int, optional): Global batch size, over all processes; pruned passes then consist of
+            full batches only. Defaults to the one of :meth:`loader`. With a ``DataLoader`` of your own and without it,
+            the ``DataLoader`` decides the size of the last batch.
+        shuffle (bool): Whether passes are in random order. Defaults to True.
+        item_seed (bool): Whether the items are read under a seed of their own, made of seed, pass and position in the
+            pass, so that augmentations repeat after a resume. Defaults to False.
+        score (str, optional): What samples are ranked by, with any policy: ``'raw'``, their last loss, as in the
+            paper; ``'ema'``, the average over their visits, for losses that depend on a random mask, crop or timestep;
+            ``'timestep'``, the average of losses over the mean loss at their noise level, for diffusion models, which
+            needs the ``log_snr`` of :meth:`weigh`. See :class:`.ScoreStore`. Defaults to ``'raw'``, or ``'ema'`` where
+            ``score_ema`` is given.
+        score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
+        fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
+        process_group (ProcessGroup, optional): The processes that share the data, where others see the same samples
+            (tensor or pipeline parallelism). Defaults to all.
+
+    Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its
+    share of each pass.
+
+    Raises:
+        ValueError: If an argument is out of its range, or not the same on every process.
+
+    Example:
+        >>> infobatch = InfoBatch(4, num_epochs=2, seed=0)
+        >>> loader = infobatch.loader(["a", "b", "c", "d"], batch_size=2)
+        >>> for epoch in range(2):
+        ...     for index, letters in loader:
+        ...         loss = infobatch.weigh(torch.ones(len(index)), index)
+        >>> infobatch.passes_done
+        2
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        num_epochs: int,
+        prune_ratio: float = 0.5,
+        delta: float = 0.875,
+        *,
+        policy: str | dict | PruningPolicy = "infobatch",
+        seed: int = 0,
+        batch_size: int | None = None,
+        shuffle: bool = True,
+        item_seed: bool = False,
+        score: str | None = None,
+        score_ema: float | None = None,
+        fingerprint: str = "",
+        process_group: Group = None,
+    ) -> None:
+        num_samples = whole_number("num_samples", num_samples, 1, "the data set is empty")
+        num_epochs = whole_number("num_epochs", num_epochs, 1, "the training needs at least one pass over the data")
+        seed = whole_number("seed", seed, 0, "use 0 or a positive number")
+        world = world_size(process_group)
+        if batch_size is not None:
+            batch_size = checked_batch(batch_size, num_samples, world)
+        chosen = build_policy(policy, prune_ratio, delta)
+        # Without a batch size the kept count need only divide among the processes.
+        schedule = EpochSchedule(num_samples, num_epochs, batch_size or world)
+        self._pruner = Pruner(
+            schedule, chosen, seed, shuffle, fingerprint, item_seed, score_ema, score, group=process_group
+        )
+        self._identity = {
+            "num_epochs": num_epochs,
+            "seed": seed,
+            "shuffle": bool(shuffle),
+            "item_seed": bool(item_seed),
+        }
+        require_equal(
+            process_group,
+            num_samples=num_samples,
+            **chosen.settings(),
+            **self._identity,
+            batch_size=batch_size,
+            score=self._pruner.store.score,
+            score_ema=self._pruner.store.score_ema,
+            fingerprint=fingerprint,
+        )
+        self._passes = Passes(self._pruner, Sizes(self._pruner, batch_size))
+        self._sampler = WalkSampler(self._passes.begin, self._passes.share, self._passes.seeds)
+
+    # ---- loaders ------------------------------------------------------------------------------------
+
+    def loader(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        *,
+        drop_last: bool = False,
+        collate_fn: Callable[[list], Any] | None = None,
+        **options: Any,
+    ) -> PassLoader:
+        """A loader of ``(index, batch)``, of which each walk is one pass.
+
+        Give ``index`` to :meth:`weigh` as it comes, on the CPU. What ``break``, ``continue`` or an exception leaves of
+        a walk is not made up for: the next walk is a new pass. A walk of which nothing is weighed counts for nothing.
+
+        Args:
+            dataset: A map-style data set of ``num_samples`` samples.
+            batch_size (int, optional): Samples in a batch of this process. Defaults to this process's share of the
+                global batch size, or to 1.
+            drop_last (bool): Whether a last batch that is not full is left out of full passes. Defaults to False.
+            collate_fn (Callable, optional): Makes a batch of a list of bare items. It must keep their order, which is
+                verified; it may drop items. Defaults to torch's.
+            options: As for ``torch.utils.data.DataLoader``, but sampler, shuffle and batch_sampler.
+
+        Returns:
+            PassLoader: The loader.
+
+        Raises:
+            ValueError: If the data set has another length or no index, the batch size does not fit the global one, or
+                an option chooses the samples.
+        """
+        if batch_size is None:
+            batch_size = self._passes.sizes.batch_size or 1
+        batch_size = whole_number("batch_size", batch_size, 1, "it is the number of samples in a batch of this process")
+        return PassLoader(self._passes, dataset, batch_size, drop_last, collate_fn, options)
+
+    def attach(self, dataset: Any) -> Dataset:
+        """Wrap a map-style data set so that its items come as ``(index, item)``, for a ``DataLoader`` of your own.
+
+        Its collate function gets a list of such pairs. Give :attr:`sampler` to the ``DataLoader`` as well. Each
+        ``iter`` of it begins a pass, unless nothing was weighed since the last one; the first after a resume goes on
+        where the state stood. :meth:`loader` knows more: the end of each walk, and tails that ``drop_last`` leaves out.
+
+        Raises:
+            ValueError: If its length is not ``num_samples``, or if it is an iterable data set.
+        """
+        check_dataset(dataset, self._pruner.schedule.num_samples)
+        return IndexedItems(dataset)
+
+    @property
+    def sampler(self) -> Sampler[int]:
+        """The sampler to give to a ``DataLoader`` over :meth:`attach`; each ``iter`` begins a pass."""
+        return self._sampler
+
+    def schedule(self, scheduler: LRScheduler, interval: str = "step", every: int = 1) -> ProgressScheduler:
+        """Step a learning-rate schedule of torch by progress: a pruned pass takes it as far as a full one.
+
+        Args:
+            scheduler (LRScheduler): Made for the unpruned training, e.g. ``OneCycleLR(optimizer, max_lr,
+                total_steps=num_epochs * len(loader))``, where ``len(loader)`` is taken before the first walk.
+            interval (str): ``'step'``, if its ``step()`` is called after every optimiser step; ``'epoch'``, if it is
+                called after every epoch. Defaults to ``'step'``.
+            every (int): Batches to an optimiser step, where gradients are accumulated. Defaults to 1.
+
+        Returns:
+            ProgressScheduler: Call its ``step()`` in the scheduler's place; everything else is the scheduler's own.
+
+        Raises:
+            ValueError: If the schedule cannot follow the progress, or an argument is none of these.
+        """
+        return ProgressScheduler(self._passes, scheduler, interval, every)
+
+    # ---- a step -------------------------------------------------------------------------------------
+
+    def weigh(
+        self, losses: Tensor, index: Tensor | np.ndarray | Sequence[int], log_snr: Tensor | None = None
+    ) -> Tensor:
+        """Weigh the losses of a batch, or of a part of it, and record them as scores.
+
+        Waits neither for a device nor for other processes. A sample that is in the batch several times, as with two
+        views of it, is scored by the mean of its losses; the losses of a later call in the same pass are weighed only.
+
+        Args:
+            losses (Tensor): Per-sample losses, shape ``(B,)``, any float dtype, on any device; e.g. from a
+                criterion with ``reduction='none'``. Left untouched.
+            index (Tensor | ndarray | Sequence[int]): Their sample indices, shape ``(B,)``, as the loader delivered
+                them: on the CPU they are looked at right away, on a device at the pass's end at the latest.
+            log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
+                shape ``(B,)``; needed for ``score='timestep'``, not looked at otherwise.
+
+        Returns:
+            Tensor: Scalar ``mean(weight * loss)``, to call ``backward()`` on. NaN and infinite losses are
+            not recorded as scores.
+
+        Raises:
+            ValueError: If the shapes do not fit, an index is not part of the current pass, or ``log_snr`` is needed and
+                missing.
+        """
+        if losses.dim() != 1:
+            raise ValueError(
+                f"weigh() needs one loss per sample, shape (B,), but got shape {tuple(losses.shape)}: use "
+                "reduction='none' and average over all but the first dimension"
+            )
+        index = torch.as_tensor(index)
+        if index.shape != losses.shape:
+            raise ValueError(
+                f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}"
+            )
+        if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
+        index = index.to(torch.int64)
+        walk = self._passes.walk_of(index)
+        level = checked_level(log_snr, losses) if self._pruner.store.score == "timestep" else None
+        weights = walk.weights(index).to(losses.device, non_blocking=True)
+        scale = walk.tail_scale(index)
+        self._passes.sizes.look(walk, index)
+        kept = losses
+        if isinstance(scale, Tensor):
+            scale = scale.to(losses.device, non_blocking=True)
+            kept = torch.where(weights == 0, 0.0, losses)  # a weight of 0 would keep a NaN
+        weighted = (weights * kept).mean() * scale
+        taken = losses.detach().to(torch.float32, copy=True)
+        self._passes.add(walk, index.clone(), taken, level)
+        return weighted
+
+    def merge(self) -> None:
+        """Exchange the scores of this pass among processes, before a checkpoint; every process must call it.
+
+        At the end of a pass it happens by itself. It may be called at any step, any number of times; in one
+        process it does nothing.
+        """
+        self._passes.merge()
+
+    # ---- where it stands -----------------------------------------------------------------------------
+
+    @property
+    def passes_done(self) -> int:
+        """Passes that are done; where a loop over epochs goes on after a resume."""
+        return self._pruner.pass_index + self._passes.locate()
+
+    def summary(self) -> dict[str, Any]:
+        """Policy, passes, visits, saved share and one entry per pass, as plain numbers.
+
+        On several processes, visits that others skipped since the last :meth:`merge` are not known.
+        """
+        return self._pruner.summary(is_over=self._passes.locate())
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``.
+
+        On several processes call :meth:`merge` on all of them first, then this on one.
+        """
+        is_over = self._passes.locate()
+        walk = self._passes.walk
+        plan = None if walk is None or walk.finished else walk.rearranged()
+        whole = {"is_over": is_over, "full_batches": self._passes.sizes.full_batches}
+        return {**self._pruner.state_dict(plan), **self._identity, **whole}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue at the next unvisited position of the same plan.
+
+        Raises:
+            ValueError: If the state belongs to another data set, policy, seed or length of training, or to a
+                newer version, or is damaged.
+        """
+        pruner = self._pruner
+        pruner.check_state(state)
+        for name, here in self._identity.items():
+            if (there := state.get(name, here)) != here:
+                raise ValueError(
+                    f"cannot resume: the checkpoint was trained with {name}={there!r}, this run has {name}={here!r}; "
+                    "use the same, or start a new run from its weights"
+                )
+        self._passes.forget()
+        self._passes.sizes.expect(state["batch_size"])
+        pruner.load_state_dict(state)
+        self._passes.sizes.resumed_batches = state.get("full_batches")
+        if state.get("is_over", state.get("tail_dropped", False)):
+            pruner.finish_pass(together=False)  # a state is of all processes

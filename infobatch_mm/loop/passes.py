@@ -1,0 +1,241 @@
+"""The passes of one training: which walk belongs to which, and what became of its visits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.distributed import gather, rank, world_size
+from ..core.pruner import Pruner
+from .looks import Looks, one_loss_each
+from .sizes import Sizes
+from .walk import Walk, on_cpu
+
+
+class Passes:
+    """Begins walks, takes down what was weighed in them, and ends passes.
+
+    Each walk is a new pass, unless nothing was weighed in the last one. Processes meet where a pass ends, which is
+    where the iterator of our loader is exhausted, or where the next walk begins, and in :meth:`merge`; nowhere else.
+
+    Args:
+        pruner (Pruner): Draws the plans, keeps the books.
+        sizes (Sizes): Of its batches.
+
+    Attributes:
+        pruner (Pruner): As above.
+        sizes (Sizes): As above.
+        world (int): Number of processes that share the data.
+        walk (Walk, optional): The walk begun last.
+        schedulers (list[Callable]): Called with the number of each pass that begins.
+    """
+
+    def __init__(self, pruner: Pruner, sizes: Sizes) -> None:
+        self.pruner, self.sizes = pruner, sizes
+        self.world = sizes.world
+        self.walk: Walk | None = None
+        self._before: Walk | None = None  # the walk before, while something that it delivered waits to be weighed
+        self._late: list[tuple[Walk, Looks, bool]] = []
+        self._skipped_before = 0  # on this process, in the pass in hand, before the walk in hand
+        self._idle = 0
+        self._is_warned_of_skips = False
+        self.schedulers: list[Callable[[int], None]] = []
+
+    # ---- walks ----------------------------------------------------------------------------------------
+
+    def begin(self, batch: int | None = None, drop_last: bool = False, in_order: bool = True) -> Walk:
+        """Begin a walk: of a new pass, unless nothing was weighed in the last one.
+
+        Args:
+            batch (int, optional): As for :class:`.Walk`, like the others.
+            drop_last (bool): As for :class:`.Walk`.
+            in_order (bool): As for :class:`.Walk`.
+
+        Raises:
+            ValueError: If there are more or fewer processes than before.
+        """
+        if (now := world_size(self.pruner.group)) != self.world:
+            raise ValueError(
+                f"this InfoBatch was made for {self.world} processes, but there are {now} now: make it after "
+                "init_process_group, or after Accelerator()"
+            )
+        last, pruner = self.walk, self.pruner
+        self._take_down()
+        if last is not None and not last.finished:
+            if self.is_amid:
+                self.locate()
+                self._skipped_before = pruner.own_skipped
+            elif last.touched or last.has_nothing_to_weigh:
+                self.finish()
+            else:
+                pruner.visited = min(last.start * self.world, len(last.plan))
+                self._count_idle(last)
+        self._leave()
+        plan, num_samples = pruner.begin_pass(), pruner.schedule.num_samples
+        where = (pruner.pass_index, rank(pruner.group), self.world, pruner.visited)
+        self.walk = Walk(plan, num_samples, *where, batch, drop_last, in_order)
+        self._settle_late()  # only now: on no process may they change the plan
+        for begin_pass in self.schedulers:
+            begin_pass(min(pruner.pass_index, pruner.schedule.num_passes))
+        return self.walk
+
+    def _count_idle(self, walk: Walk) -> None:
+        """Say so if a training seems to weigh nothing: it would stay in one pass for ever."""
+        self._idle += walk.spent and walk.batch is None
+        if self._idle == 3:
+            warnings.warn(
+                f"three walks of pass {walk.pass_index} came to their end and nothing of them was weighed, so the pass "
+                "is not done: weigh every batch; where drop_last leaves out the only one, use infobatch.loader()",
+                stacklevel=2,
+            )
+
+    @property
+    def is_amid(self) -> bool:
+        """Whether an iterator of our loader is in the midst of a walk: another one may only look, or takes it over."""
+        walk = self.walk
+        return walk is not None and walk.alive and walk.touched and not walk.finished
+
+    def end(self, walk: Walk) -> None:
+        """The iterator of a walk is exhausted: its pass is over, if anything was weighed."""
+        if walk is self.walk and walk.touched and not walk.finished:
+            self.finish()
+
+    def forget(self) -> None:
+        """Leave the walk in hand, and what was weighed in it, for a state that is being loaded."""
+        self._leave()
+        self._before = None
+        self._late = []
+        self._skipped_before = 0
+
+    def _leave(self) -> None:
+        if self.walk is not None:
+            self.walk.stale = True
+            self._before = self.walk if self.walk.finished and self.walk.outstanding else None
+            self.walk = None
+
+    # ---- weighing -------------------------------------------------------------------------------------
+
+    def walk_of(self, index: Tensor) -> Walk:
+        """The walk that handed a batch out: loops that fetch one ahead weigh the last batch of a pass in the next.
+
+        Raises:
+            ValueError: If there was no walk yet.
+        """
+        walk, before = self.walk, self._before
+        if walk is None:
+            raise ValueError("no pass is in flight: walk the loader before weighing a batch")
+        if before is not None and on_cpu(index) and not walk.holds(index) and before.holds(index):
+            return before
+        return walk
+
+    def add(self, walk: Walk, index: Tensor, losses: Tensor, level: Tensor | None) -> None:
+        """Keep the losses of a call; they are taken down where that waits for nothing."""
+        self._idle = 0
+        walk.add(index, losses, level)
+        if walk.pending.is_due:
+            self._take_down()
+
+    def _take_down(self) -> None:
+        """Take down what was weighed: which visits were made, and the scores they give."""
+        for walk in (self._before, self.walk):
+            taken = None if walk is None else walk.take_looks()
+            if walk is None or taken is None:
+                continue
+            if walk.finished and self.world > 1:
+                self._late.append((walk, *taken))
+            else:
+                self._record(walk, *taken)
+
+    def _settle_late(self) -> None:
+        """Take down what was weighed after its pass had ended, as loops do that fetch one batch ahead."""
+        late, self._late = self._late, []
+        for each in late:
+            self._record(*each)
+
+    def _record(self, walk: Walk, looks: Looks, filled: bool) -> None:
+        pruner = self.pruner
+        samples, counting = one_loss_each(looks, average=pruner.store.score != "timestep")
+        fresh = walk.take_down(samples, filled)
+        if not fresh.all():
+            counting = counting.at(np.isin(counting.index, samples[fresh]))
+        pruner.record(torch.from_numpy(counting.index), counting.losses, log_snr=counting.level)
+        if walk.finished:
+            pruner.correct(walk.pass_index, int(fresh.sum()))
+
+    # ---- books ----------------------------------------------------------------------------------------
+
+    def locate(self) -> bool:
+        """Bring the books up to date.
+
+        Returns:
+            bool: Whether the pass in flight is over but not booked, as several processes leave it until they meet.
+        """
+        self._take_down()
+        walk, pruner = self.walk, self.pruner
+        if walk is None or walk.finished:
+            return False
+        pruner.visited = min(walk.done * self.world, len(walk.plan))
+        pruner.own_skipped = self._skipped_before + walk.handed_out(walk.done) - walk.weighed
+        # Our loader ends its walks itself; until then it keeps its length.
+        if walk.is_over and walk.batch is None and self.world == 1:
+            self.finish()
+            return False
+        return walk.is_over
+
+    def finish(self) -> None:
+        """Exchange what the processes know and book the pass; every process must call it.
+
+        Raises:
+            ValueError: On every process, if they end different passes.
+        """
+        walk, pruner = self.walk, self.pruner
+        assert walk is not None
+        self._take_down()
+        self._settle_late()
+        handed_out = walk.handed_out()
+        start = min(walk.start * self.world, len(walk.plan))
+        pruner.own_skipped = self._skipped_before + handed_out - walk.weighed
+        passes, counts = zip(*gather((pruner.pass_index, handed_out), pruner.group), strict=True)
+        if len(set(passes)) > 1:
+            raise ValueError(
+                f"the processes end different passes, {min(passes)} and {max(passes)}: each must walk the loader as "
+                "often as the others, and weigh something in every walk or in none"
+            )
+        pruner.visited = min(start + sum(counts), len(walk.plan))
+        entry = pruner.finish_pass()
+        walk.finished = True
+        self._skipped_before = 0
+        if entry["skipped"] and not self._is_warned_of_skips and rank(pruner.group) == 0:
+            self._is_warned_of_skips = True
+            warnings.warn(
+                f"{entry['skipped']} visits of pass {entry['pass']} were handed out and not weighed; they are booked "
+                "as skipped. If no batch was meant to be skipped: weigh every one, and let nobody share the loader "
+                "out among processes once more (leave it out of accelerator.prepare)",
+                stacklevel=2,
+            )
+
+    def merge(self) -> None:
+        """Exchange what the processes know; every process must call it. A pass that is over is booked."""
+        is_over = self.locate()
+        if self.world == 1:
+            return
+        if all(gather(is_over, self.pruner.group)):
+            self.finish()
+            return
+        self._settle_late()
+        told = self.pruner.own_skipped
+        self.pruner.merge()
+        self._skipped_before -= told
+
+    def share(self) -> int:
+        """Visits of this process in the whole pass that is being walked or about to be."""
+        self.locate()
+        return -(-len(self.pruner.begin_pass()) // self.world)
+
+    def seeds(self, walk: Walk) -> tuple[int, int] | None:
+        """What seeds the items of a walk, if anything does."""
+        return (self.pruner.seed, walk.pass_index) if self.pruner.item_seed else None

@@ -1,0 +1,41 @@
+"""Samplers that hand the visits of a walk to a ``DataLoader``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch.utils.data import Sampler
+
+from .walk import Walk
+
+
+class WalkSampler(Sampler[int]):
+    """Hands out this process's share of a walk.
+
+    Args:
+        begin (Callable[[], Walk]): Called at each ``iter``, gives the walk.
+        length (Callable[[], int]): Visits of this process in the whole pass that is being walked or about to be.
+        seeds (Callable[[Walk], tuple[int, int] | None]): What seeds the items of a walk; see :meth:`Walk.visits`.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], Walk],
+        length: Callable[[], int],
+        seeds: Callable[[Walk], tuple[int, int] | None],
+    ) -> None:
+        self._begin, self._length, self._seeds = begin, length, seeds
+
+    def __iter__(self) -> Iterator[int]:
+        walk = self._begin()
+        return walk.visits(self._seeds(walk))
+
+    def __len__(self) -> int:
+        """Visits of this process in the whole pass.
+
+        On several processes a pass ends with the next ``iter``: until then its length is the one of the pass before.
+        """
+        return self._length()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the pass is known. Present because scripts call it."""

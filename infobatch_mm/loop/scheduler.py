@@ -1,0 +1,114 @@
+"""Learning-rate schedules of torch, stepped by progress."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from ..core.checks import whole_number
+from .passes import Passes
+from .walk import Walk
+
+
+class ProgressScheduler:
+    """Takes a scheduler as far as the unpruned training would have, whatever the number of batches.
+
+    A pruned pass has fewer batches, so that some calls of :meth:`step` step several times; where a plan has as many
+    as a full pass, each steps once. Everything else, such as ``state_dict``, is the scheduler's own, and how far it
+    is it says itself (``last_epoch``). Made by :meth:`.InfoBatch.schedule`.
+
+    Args:
+        passes (Passes): Whose progress.
+        scheduler (LRScheduler): Made for the unpruned training.
+        interval (str): ``'step'`` or ``'epoch'``: when :meth:`step` is called.
+        every (int): Batches to an optimiser step.
+
+    Attributes:
+        scheduler (LRScheduler): As above.
+
+    Raises:
+        ValueError: As :meth:`.InfoBatch.schedule` describes.
+    """
+
+    def __init__(self, passes: Passes, scheduler: LRScheduler, interval: str, every: int) -> None:
+        if interval not in ("step", "epoch"):
+            raise ValueError(f"interval={interval!r} is neither 'step' nor 'epoch': when is step() called?")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau goes by validations, not by progress: step it yourself after each")
+        if not hasattr(scheduler, "last_epoch"):
+            raise ValueError(
+                f"a {type(scheduler).__name__} does not say how many steps it has taken, and cannot follow the "
+                "progress: use a SequentialLR or a LambdaLR in its place"
+            )
+        self.scheduler = scheduler
+        self._passes = passes
+        self._interval = interval
+        self._every = whole_number("every", every, 1, "it is the number of batches to an optimiser step")
+        self._walk: Walk | None = None
+        self._calls = 0
+        passes.schedulers.append(self.begin_pass)
+        if interval == "step" and passes.sizes.batch_size is None:
+            raise ValueError(
+                "a schedule by steps needs to know the batches of a pass: make infobatch.loader() first, or give "
+                "InfoBatch the global batch_size"
+            )
+
+    def step(self) -> None:
+        """Move on to where the progress stands; sometimes by several steps, sometimes by none."""
+        self._move_to(self._steps_due() if self._interval == "step" else self._passes_due())
+
+    def begin_pass(self, pass_index: int) -> None:
+        """Make up for what was not stepped before a pass: skipped batches, or an epoch whose end a kill cut off."""
+        if self._interval == "step":
+            pass_index *= self._per_pass
+        if pass_index > self.scheduler.last_epoch:
+            with (
+                warnings.catch_warnings()
+            ):  # torch takes a resumed optimizer, which has made no step here, for a new one
+                warnings.simplefilter("ignore")
+                self._move_to(pass_index)
+
+    def _move_to(self, due: int) -> None:
+        if due < self.scheduler.last_epoch and self._follows_its_arguments:
+            self.scheduler.last_epoch = due - 1  # resumed with larger batches, hence fewer steps
+        for _ in range(due - self.scheduler.last_epoch):
+            self.scheduler.step()
+
+    @property
+    def _follows_its_arguments(self) -> bool:
+        """Whether its length is of this run; a ``LambdaLR`` keeps its function out of checkpoints."""
+        return isinstance(self.scheduler, LambdaLR)
+
+    def _steps_due(self) -> int:
+        passes, walk, schedule = self._passes, self._passes.walk, self._passes.pruner.schedule
+        batch = passes.sizes.batch_size if walk is None or walk.batch is None else walk.batch
+        assert batch is not None
+        per_pass = self._per_pass
+        if walk is None or walk.pass_index >= schedule.num_passes:
+            return min(passes.pruner.pass_index, schedule.num_passes) * per_pass
+        if walk is not self._walk:
+            self._walk, self._calls = walk, -(-walk.start // batch) // self._every
+        whole = self._updates(-(-walk.end // batch))
+        self._calls = min(self._calls + 1, whole)
+        return walk.pass_index * per_pass + per_pass * self._calls // max(1, whole)
+
+    @property
+    def _per_pass(self) -> int:
+        """Steps of an unpruned pass. A schedule out of a checkpoint brings its length along, in batches of that run."""
+        resumed = None if self._follows_its_arguments else self._passes.sizes.resumed_batches
+        return self._updates(resumed or self._passes.sizes.full_batches)
+
+    def _passes_due(self) -> int:
+        walk, pruner = self._passes.walk, self._passes.pruner
+        done = pruner.pass_index if walk is None else walk.pass_index + walk.touched
+        return min(done, pruner.schedule.num_passes)
+
+    def _updates(self, batches: int) -> int:
+        return -(-batches // self._every)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # unpickling asks before there is anything to ask
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)
