@@ -1,0 +1,84 @@
+"""The README's Python snippets, run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def snippet(heading: str) -> str:
+    """The first Python block below a heading."""
+    return re.search(rf"^### {heading}\n.*?^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+
+
+def data(num_samples: int) -> TensorDataset:
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(num_samples, 4, generator=drawn)
+    return TensorDataset(x, (x.sum(1) + torch.randn(num_samples, generator=drawn) > 0).long())
+
+
+def test_the_loop_of_your_own_prunes_and_ends_where_its_schedule_ends(capsys: pytest.CaptureFixture):
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names: dict[str, Any] = dict(dataset=data(2000), model=model, optimizer=optimizer, F=F, OneCycleLR=OneCycleLR)
+    exec(snippet("In a loop of your own"), names)
+    saved = float(capsys.readouterr().out)
+    assert 0.2 < saved < 0.4375
+    # OneCycleLR ends far below where it began, and only there.
+    scheduler = names["scheduler"]
+    assert scheduler.last_epoch == scheduler.total_steps == 200 * 16
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 25 / 1e4, abs=1e-7)
+    assert names["infobatch"].passes_done == 200
+    names["loader"]._loader._iterator._shutdown_workers()
+
+
+def test_the_lines_in_a_diffusers_script_run(tmp_path: Path):
+    pytest.importorskip("diffusers")
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler
+
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    noise = torch.randn(4, 4)
+    bar: list[float] = []
+
+    class Names(dict):
+        """What the script has at hand; its model is called anew for each batch."""
+
+        def __getitem__(self, name: str) -> Any:
+            return model(noise) if name == "model_output" else super().__getitem__(name)
+
+    class Bar:
+        def set_postfix(self, loss: float) -> None:
+            bar.append(loss)
+
+    class Args:
+        num_epochs, checkpointing_steps, output_dir = 4, 2, str(tmp_path / "out")
+
+    names = Names(
+        accelerator=Accelerator(cpu=True),
+        train_dataloader=DataLoader(data(32), 4, shuffle=True),
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=LambdaLR(optimizer, lambda step: 1.0),
+        args=Args,
+        F=F,
+        noise=noise,
+        noise_scheduler=DDPMScheduler(),
+        timesteps=torch.tensor([1, 10, 100, 900]),
+        progress_bar=Bar(),
+        global_step=2,
+        folder=str(tmp_path / "checkpoint"),
+    )
+    exec(snippet("In a diffusers script"), names)
+    assert len(bar) > 20 and (tmp_path / "out/infobatch_summary.json").exists()
+    assert (tmp_path / "checkpoint").exists()
