@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .devices import moved
 from .plan import Plan
 
 
@@ -40,5 +41,5 @@ class PlanWeights:
             weights = torch.zeros(self._num_samples, dtype=torch.float32, device="cpu")
             weights[self._plan.indices] = self._plan.weights
             # A blocking copy would make the step wait for all work that the device has queued.
-            self._by_sample[device] = weights.to(device, non_blocking=True)
+            self._by_sample[device] = moved(weights, device)
         return self._by_sample[device]

@@ -498,7 +498,7 @@ class InfoBatchHook(Hook):
         if scores is None or valid is None:
             raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
         if bool(replaced.any()):
-            valid = valid & ~replaced.to(valid.device)
+            valid = valid & ~replaced.to(valid.device, non_blocking=True)
         pruner.record(indices, scores, valid)
         if self._pacer is not None:
             pruner.advance(len(indices) * runner.world_size)

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
 from ..core.checks import whole_number
+from ..core.devices import moved
 from ..core.distributed import Group, require_equal, world_size
 from ..core.loader import IndexedItems
 from ..core.policies import PruningPolicy, build_policy
@@ -235,12 +236,12 @@ class InfoBatch:
         index = index.to(torch.int64)
         walk = self._passes.walk_of(index)
         level = checked_level(log_snr, losses) if self._pruner.store.score == "timestep" else None
-        weights = walk.weights(index).to(losses.device, non_blocking=True)
+        weights = moved(walk.weights(index), losses.device)
         scale = walk.tail_scale(index)
         self._passes.sizes.look(walk, index)
         kept = losses
         if isinstance(scale, Tensor):
-            scale = scale.to(losses.device, non_blocking=True)
+            scale = moved(scale, losses.device)
             kept = torch.where(weights == 0, 0.0, losses)  # a weight of 0 would keep a NaN
         weighted = (weights * kept).mean() * scale
         taken = losses.detach().to(torch.float32, copy=True)

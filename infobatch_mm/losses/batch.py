@@ -108,10 +108,13 @@ class BatchedArguments:
         predictions = self.predictions()
         return predictions[0][0].device.type if predictions else "cpu"
 
+    def with_predictions(self, function: Callable[[Tensor, int, list[int] | None], Tensor]) -> BatchedArguments:
+        """The same arguments, as :meth:`mapped` gives them, to be taken apart."""
+        return BatchedArguments(self.mapped(function), self.batch_size, self._axes, self._rows, self._writable)
+
     def in_float32(self) -> BatchedArguments:
-        """The same arguments with predictions in single precision; not for arguments with ``rows``."""
-        arguments = self.mapped(lambda tensor, axis, rows: tensor.float())
-        return BatchedArguments(arguments, self.batch_size, self._axes, None, self._writable)
+        """The same arguments with predictions in single precision."""
+        return self.with_predictions(lambda tensor, axis, rows: tensor.float())
 
     def check(self) -> None:
         """Raise a ValueError if a prediction cannot be told apart by sample, or if there is none."""

@@ -11,6 +11,17 @@ from ..core import rng
 from .views import LossView
 from .weigher import LossWeigher
 
+_OTHER_RESULT = "it gives other images or targets when there are more classes, or draws from a generator of its own"
+#: What is found out about a mixture of a batch, as whole numbers: why it is refused, above which number.
+_WHY = (
+    _OTHER_RESULT,
+    "it makes an image of {} samples, expected one or two",
+    "a sample has a negative share in an image",
+    "the shares of the samples in an image do not add up to 1",
+    "it makes an image of two other samples, expected its own and at most one other",
+)
+_MOST = (0, 2, 0, 0, 1)
+
 
 class MixingView(LossView):
     """Stands in for a model's batch augmentation and learns what each mixed image is made of.
@@ -26,7 +37,7 @@ class MixingView(LossView):
         weigher (LossWeigher): Weights and scores of the batch.
         trusted (bool): Whether the augmentation is known to treat columns of scores alike, and to mix each
             sample with at most one other. Others are put to the proof, whose cost is that of the
-            augmentation, in every step.
+            augmentation, in every step; on a device they are refused some steps after the one that shows it.
     """
 
     def __init__(self, owner: nn.Module, attribute: str, weigher: LossWeigher, *, trusted: bool) -> None:
@@ -34,6 +45,8 @@ class MixingView(LossView):
         named = owner if isinstance(owner, nn.Module) and attribute == "forward" else self.host
         self.title = f"the batch augmentation {getattr(named, '__name__', type(named).__name__)}"
         self._trusted = trusted
+        self._found: Tensor | None = None
+        self._seen: Tensor | None = None
 
     def attach(self) -> None:
         super().attach()
@@ -57,26 +70,41 @@ class MixingView(LossView):
         return result
 
     def _check(self, alone: tuple[Tensor, Tensor], result: tuple[Tensor, Tensor], shares: Tensor) -> None:
-        same = all(
-            one.shape == other.shape and torch.equal(one, other) for one, other in zip(alone, result, strict=True)
-        )
-        if not same:
-            raise self._refused(
-                "it gives other images or targets when there are more classes, or draws from a generator of its own"
-            )
+        if any(one.shape != other.shape for one, other in zip(alone, result, strict=True)):
+            raise self._refused(_OTHER_RESULT)
         if shares.shape[0] != shares.shape[1]:
             raise self._refused(f"it makes {shares.shape[0]} images of {shares.shape[1]} samples")
-        most = int(torch.count_nonzero(shares, dim=1).max())
-        if most > 2:
-            raise self._refused(f"it makes an image of {most} samples, expected one or two")
-        whole = shares.sum(1)
-        if bool((shares < 0).any()):
-            raise self._refused("a sample has a negative share in an image")
-        if not torch.allclose(whole, torch.ones_like(whole), atol=1e-3):
-            raise self._refused("the shares of the samples in an image do not add up to 1")
-        others = shares - shares.diagonal().diag()
-        if bool((torch.count_nonzero(others, dim=1) > 1).any()):
-            raise self._refused("it makes an image of two other samples, expected its own and at most one other")
+        found = _findings(alone, result, shares)
+        if found.device.type == "cpu":
+            self._judge(found)
+            return
+        # A look at the device would make the step wait. What was found once stays, and comes over while steps go on.
+        if self._found is None or self._seen is None:
+            self._found = torch.zeros_like(found)
+            self._seen = torch.zeros_like(found, device="cpu", pin_memory=found.is_cuda)
+        self._judge(self._seen)
+        self._found = torch.maximum(found, self._found)
+        self._seen.copy_(self._found, non_blocking=True)
+
+    def _judge(self, found: Tensor) -> None:
+        for value, most, why in zip(found.tolist(), _MOST, _WHY, strict=True):
+            if value > most:
+                raise self._refused(why.format(value))
 
     def _refused(self, why: str) -> ValueError:
         return ValueError(f"{self.title} cannot be followed: {why}; remove it, or train without InfoBatchHook")
+
+
+def _findings(alone: tuple[Tensor, Tensor], result: tuple[Tensor, Tensor], shares: Tensor) -> Tensor:
+    """The numbers of :data:`_WHY`, shape ``(5,)``, int64, on the device of the shares."""
+    others = shares - shares.diagonal().diag()
+    whole = shares.sum(1)
+    return torch.stack(
+        [
+            torch.stack([(one != other).any() for one, other in zip(alone, result, strict=True)]).sum(),
+            torch.count_nonzero(shares, dim=1).max(),
+            (shares < 0).sum(),
+            (~torch.isclose(whole, torch.ones_like(whole), atol=1e-3)).sum(),
+            torch.count_nonzero(others, dim=1).max(),
+        ]
+    )

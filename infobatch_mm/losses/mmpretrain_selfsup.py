@@ -40,13 +40,18 @@ class TokenView(LossView):
     def __init__(self, owner: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(owner, *args, **kwargs)
         self._signature = inspect.signature(self.host)
+        self._met = False
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
         mask = self._signature.bind(*args, **kwargs).arguments["mask"]
-        self.weigher.weights_on(mask.device)
-        rows = mask.flatten(1).bool().nonzero()[:, 0]
-        with self.weigher.narrowed(rows):
-            return self.host(*args, **kwargs)
+        counts = mask.flatten(1).bool().sum(1)
+        # The first step proves that the loss is of all masked tokens. On a device, adding them up would make the others
+        # wait: there are as many as the loss is called with, as the host has listed them already.
+        size = None if self._met and counts.device.type != "cpu" else int(counts.sum())
+        with self.weigher.in_parts(counts, size):
+            result = self.host(*args, **kwargs)
+        self._met = True
+        return result
 
 
 class FlippedPairsView(LossView):

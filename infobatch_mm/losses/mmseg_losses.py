@@ -108,7 +108,7 @@ def _normaliser(
     """What the host divides the summed loss by; None stands for a plain mean over all elements.
 
     Follows ``cross_entropy`` and ``binary_cross_entropy`` of mmseg, without their ``.item()``: counts stay
-    tensors, so that no step waits for the device (class weights make it wait, as they do in the host).
+    tensors, so that no step waits for the device (class weights make it wait in a host where they do in its own).
     """
     given = _given_normaliser(reduction, avg_factor)
     if given is not None:
@@ -119,8 +119,11 @@ def _normaliser(
         return (valid.sum() * (elementwise.numel() // valid.numel())).float() + _EPS
     class_weight = options["class_weight"]
     if class_weight is not None:
-        counted = valid if options["avg_non_ignore"] or not _counts_ignored_pixels() else valid.new_ones(label.shape)
-        return class_weight[label[counted]].sum() + _EPS
+        if not _counts_ignored_pixels():
+            return class_weight[label[valid]].sum() + _EPS
+        if options["avg_non_ignore"]:
+            return torch.where(valid, class_weight[torch.where(valid, label, 0)], 0).sum() + _EPS
+        return class_weight[label].sum() + _EPS
     if options["avg_non_ignore"]:
         return valid.sum().float() + _EPS
     return label.numel() + _EPS

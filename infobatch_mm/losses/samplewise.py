@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,9 @@ from .batch import BatchedArguments, stack_scalars
 from .memory import Memory
 from .proof import check_order, prove_samples_alike
 from .results import loss_at, losses_in, replace_losses, written
+from .sound import Quarantine, Verdict, soundness
 from .views import LossView, asks_for_elements
 from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
-
-# A blank sample's own loss is taken as sound up to this multiple of the batch's: Sparse R-CNN's of an image
-# without boxes is 10^5 times it, those of heads that clamp their number of positives are below it.
-_SOUND = 1000.0
 
 
 class SamplewiseView(LossView):
@@ -66,6 +64,7 @@ class SamplewiseView(LossView):
         self._apart = apart
         self._met = False
         self._memory = Memory(owner)
+        self._quarantine = Quarantine(owner)
         # Losses that are summed over the batch, and not averaged.
         self._summed: set[tuple] = set()
         # Heads may write into their predictions: only losses that are known not to get the originals.
@@ -83,10 +82,12 @@ class SamplewiseView(LossView):
         if not self._met and torch.is_grad_enabled():
             self._meet(batch, valid, partial(rng.restore, generators))
             rng.restore(generators)
+        optimised = torch.is_grad_enabled() and not held
+        verdict = Verdict() if optimised and (valid is not None or self._apart) else None
         alone = None
         if self.scored or not held:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not held):
-                alone = self._evaluate_alone(batch)
+            with torch.set_grad_enabled(optimised):
+                alone = self._evaluate_alone(batch, verdict)
         # The host comes last: what it remembers of the batch, and what it draws, is as it is without us.
         rng.restore(generators)
         result = self._evaluate_host(batch, held)
@@ -97,15 +98,32 @@ class SamplewiseView(LossView):
             self.weigher.score(torch.stack([losses.detach() for losses in per_sample.values()]).sum(0), valid)
         if held:
             return result
-        sound = None if valid is None and not self._apart else _sound(per_sample, result, valid)
-        if sound is not None:  # stacked anew: 0 times a gradient that is NaN is NaN
-            alone = [each if keep else _zeros(each) for each, keep in zip(alone, sound, strict=True)]
-            per_sample = self._per_sample(result, alone)
+        if verdict is not None and per_sample:
+            per_sample = self._without_unsound(per_sample, result, alone, valid, verdict)
         weighed = {}
         for path, losses in per_sample.items():
             normaliser = 1.0 if path in self._summed else len(losses)
             weighed[path] = self.weigher.weigh(losses, loss_at(result, path), normaliser, self.title)
         return replace_losses(result, weighed)
+
+    def _without_unsound(
+        self,
+        per_sample: dict[tuple, Tensor],
+        result: Any,
+        alone: list[dict[tuple, Tensor]],
+        valid: Tensor | None,
+        verdict: Verdict,
+    ) -> dict[tuple, Tensor]:
+        """The losses of the samples, 0 for those whose own cannot be trained on."""
+        verdict.sound = sound = soundness(per_sample, result, valid)
+        if not self._quarantine.leaks(per_sample.values()):
+            return {path: torch.where(sound, losses, 0) for path, losses in per_sample.items()}
+        # No barrier stands before what a loss remembers of the model by itself: look, and leave the samples out.
+        kept = [
+            each if keep else {path: torch.zeros_like(loss) for path, loss in each.items()}
+            for each, keep in zip(alone, sound.tolist(), strict=True)
+        ]
+        return self._per_sample(result, kept)
 
     def _batched(self, args: tuple, kwargs: dict) -> BatchedArguments:
         bound = self._signature.bind(*args, **kwargs).arguments
@@ -125,7 +143,7 @@ class SamplewiseView(LossView):
         for losses in alone:
             for path, loss in losses.items():
                 self._check_scalar(path, loss)
-        if not self.separable and not batch.has_rows:
+        if not self.separable and not batch.has_rows and batch.batch_size > 1:
             self._learn_what_is_summed(batch, alone, valid)
             reset()
         self._met = self._trusted or prove_samples_alike(self._call_aside, batch, reset, self.title, self._apart)
@@ -147,7 +165,7 @@ class SamplewiseView(LossView):
                 continue
             one = abs(float(alone[largest][path].sum())) if usable[largest] else 0.0
             certain = one > 0 and abs(abs(float(again[path].sum())) - one) < 1e-3 * one
-            if certain and batch.batch_size > 1 and abs(float(loss.sum())) > batch.batch_size**0.5 * one:
+            if certain and abs(float(loss.sum())) > batch.batch_size**0.5 * one:
                 self._summed.add(path)
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
@@ -177,16 +195,19 @@ class SamplewiseView(LossView):
         # A full pass: all weights are 1, whatever way a loss takes to a parameter.
         return replace_losses(result, {path: self.weigher.mark(loss) for path, loss in losses_in(result)})
 
-    def _evaluate_alone(self, batch: BatchedArguments) -> list[dict[tuple, Tensor]]:
+    def _evaluate_alone(self, batch: BatchedArguments, verdict: Verdict | None = None) -> list[dict[tuple, Tensor]]:
         """The losses of each sample alone, by their path in the host's result."""
         try:
+            if verdict is not None:
+                batch = self._quarantine.around(batch, verdict)
             samples = batch.samples()
         except ValueError as error:
             raise cannot_be_weighed(self.title, str(error)) from error
         alone = []
         for i, arguments in enumerate(samples):
             try:
-                alone.append(dict(losses_in(self._call_aside(arguments))))
+                with nullcontext() if verdict is None else self._quarantine.of(i, verdict):
+                    alone.append(dict(losses_in(self._call_aside(arguments))))
             except (RuntimeError, IndexError, ValueError, AssertionError, TypeError) as error:
                 why = f"it could not be evaluated on sample {i} of the batch alone ({type(error).__name__}: {error})"
                 raise cannot_be_weighed(self.title, why) from error
@@ -212,24 +233,3 @@ class SamplewiseView(LossView):
                 f"{self.title} cannot be weighed: expected a scalar for {written(path)}, got the shape "
                 f"{tuple(loss.shape)}; use reduction='mean', or {HOW_TO}"
             )
-
-
-def _sound(per_sample: dict[tuple, Tensor], result: Any, valid: Tensor | None) -> list[bool] | None:
-    """Which samples' own losses can be trained on, or None for all.
-
-    Alone, a sample without a valid pixel or a box may give 0/0, or a loss over an epsilon, where the host's
-    loss of the whole batch is sound: it would spoil the gradient of all.
-    """
-    if not per_sample:
-        return None
-    own = torch.stack([losses.detach().abs() for losses in per_sample.values()]).sum(0)
-    whole = torch.stack([loss_at(result, path).detach().float().abs().sum() for path in per_sample]).sum()
-    # Of a loss that nobody knows, only a 0/0 tells of a sample with nothing in it, beside others with something.
-    sound = own.isfinite() if valid is None else (own <= _SOUND * whole) | valid.to(own.device)
-    if valid is None and not (bool(whole.isfinite()) and bool(sound.any())):
-        return None
-    return None if bool(sound.all()) else sound.tolist()
-
-
-def _zeros(losses: Mapping[tuple, Tensor]) -> dict[tuple, Tensor]:
-    return {path: torch.zeros_like(loss) for path, loss in losses.items()}

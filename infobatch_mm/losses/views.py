@@ -168,11 +168,13 @@ class VectorisedView(LossView):
 
     def _weigh(self, losses: SampleLosses) -> Tensor:
         if self.scored:
-            factor = 1.0 if self._scaled_by is None else float(self._scaled_by.loss_weight)  # type: ignore[arg-type]
             sums = losses.sums.detach()
             if losses.floor is not None and self.weigher.mixes:
                 sums = sums - losses.floor()
-            self.weigher.score(factor * sums / losses.counts, losses.counts > 0)
+            if self._scaled_by is not None:
+                weight = self._scaled_by.loss_weight
+                sums = (weight.detach() if isinstance(weight, Tensor) else weight) * sums
+            self.weigher.score(sums / losses.counts, losses.counts > 0)
         return self.weigher.weigh(losses.sums, losses.shown(), losses.normaliser, self.title)
 
     def _compare(self, args: tuple, kwargs: dict) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.devices import moved
+from .gradients import ScaledGradient, ValueOfOne, along
+
 #: Where users find out what to do about a loss that cannot be weighed.
 HOW_TO = "write a view for it (see 'Heads and losses of your own' in docs/losses.md), or train without InfoBatchHook"
 
@@ -38,6 +41,7 @@ class LossWeigher:
         self._pair_weights = torch.mul
         self._shares: Tensor | None = None
         self._pruned = True
+        self._counts: Tensor | None = None  # rows of each sample, while it is not known how many there are in all
         self._scores: Tensor | None = None
         self._valid: Tensor | None = None
         #: Whether images are mixed in this run, or were: scores keep one scale, also where mixing ends.
@@ -64,8 +68,10 @@ class LossWeigher:
 
     @property
     def batch_size(self) -> int:
-        """Number of samples in the batch in hand."""
+        """Number of samples in the batch in hand, or of rows that stand in for them."""
         assert self._weights is not None
+        if self._counts is not None:  # only a loss that is evaluated on each row alone asks before it is called
+            self.expect(int(self._counts.sum()))
         return self._weights.numel()
 
     @property
@@ -136,38 +142,74 @@ class LossWeigher:
                 has none.
         """
         assert self._sample_weights is not None
-        weights = self._sample_weights = self._sample_weights.to(partner.device, non_blocking=True)
+        weights = self._sample_weights = moved(self._sample_weights, partner.device)
         # A repeated sample can be paired with itself.
         names = torch.arange(len(weights)) if self._indices is None else self._indices
-        names = names.to(partner.device, non_blocking=True)
+        names = moved(names, partner.device)
         paired = self._pair_weights(weights, weights[partner])
         self._weights = torch.where(names == names[partner], weights, paired)
 
     @contextmanager
-    def narrowed(self, rows: list[int] | Tensor, data_samples: Sequence[Any] | None = None) -> Iterator[None]:
-        """Take other rows for the batch: for losses that are computed over some of its samples, or over parts of them.
-
-        The score of a sample with several rows is their mean.
+    def narrowed(self, rows: list[int], data_samples: Sequence[Any] | None = None) -> Iterator[None]:
+        """Let losses be computed over some samples of the batch alone.
 
         Args:
-            rows (list[int] | Tensor): The place in the batch of the sample that each row belongs to, int64.
+            rows (list[int]): Their places in the batch.
             data_samples (Sequence, optional): What their losses are given for data samples.
         """
         assert self._weights is not None
-        outer = self._weights, self.data_samples, self._scores, self._valid
-        places = torch.as_tensor(rows, device=self._weights.device)
-        self._weights, self.data_samples = self._weights[places], data_samples
+        places = torch.tensor(rows)
+        weights = self._weights[moved(places, self._weights.device)]
+        with self._with_rows(weights, None, data_samples, lambda size: places):
+            yield
+
+    @contextmanager
+    def in_parts(self, counts: Tensor, size: int | None = None) -> Iterator[None]:
+        """Let losses be computed over one list of the parts of all samples, such as tokens.
+
+        Each part has the weight of its sample, whose score is the mean over its parts.
+
+        Args:
+            counts (Tensor): How many consecutive parts each sample has, shape ``(B,)``, int64.
+            size (int, optional): Their sum. Defaults to None: the number that a loss is called with, because to read
+                the sum of the counts would wait for the device.
+        """
+        weights = self.weights_on(counts.device)
+        places = torch.arange(len(counts), device=counts.device)
+        with self._with_rows(weights, counts, None, lambda size: places.repeat_interleave(counts, output_size=size)):
+            if size is not None:
+                self.expect(size)
+            yield
+
+    @contextmanager
+    def _with_rows(
+        self,
+        weights: Tensor,
+        counts: Tensor | None,
+        data_samples: Sequence[Any] | None,
+        places_of: Callable[[int], Tensor],
+    ) -> Iterator[None]:
+        """Let other rows stand in for the samples; ``places_of(number)`` gives the place of each row's sample."""
+        outer = self._weights, self._counts, self.data_samples, self._scores, self._valid
+        self._weights, self._counts, self.data_samples = weights, counts, data_samples
         self._scores = self._valid = None
         try:
             yield
         finally:
             scores, valid = self._scores, self._valid
-            self._weights, self.data_samples, self._scores, self._valid = outer
+            self._weights, self._counts, self.data_samples, self._scores, self._valid = outer
         if scores is not None and valid is not None:
-            places = places.to(scores.device)
+            places = moved(places_of(len(scores)), scores.device)
             none = scores.new_zeros(self.batch_size)
-            counts = none.index_add(0, places, valid.to(none))
-            self.score(none.index_add(0, places, scores) / counts, counts > 0)
+            sums, numbers = none.index_add(0, places, scores), none.index_add(0, places, valid.to(none))
+            self.score(sums / numbers, numbers > 0)
+
+    def expect(self, size: int) -> None:
+        """Learn from a loss how many rows stand in for the samples, if that is not known yet (:meth:`in_parts`)."""
+        counts, self._counts = self._counts, None
+        if counts is not None:
+            assert self._weights is not None
+            self._weights = self._weights.repeat_interleave(counts, output_size=size)
 
     def restart(self) -> None:
         """Forget the scores so far: the batch goes through the model once more."""
@@ -183,7 +225,7 @@ class LossWeigher:
         """
         scores, valid = self._scores, self._valid
         if valid is not None and self.labelled is not None:
-            valid = valid & self.labelled.to(valid.device)
+            valid = valid & moved(self.labelled, valid.device)
         if scores is not None and valid is not None and self._shares is not None:
             scores, valid = _divided(scores, valid, self._shares)
         self._weights = self._sample_weights = self._shares = None
@@ -194,7 +236,7 @@ class LossWeigher:
         """The batch's weights, shape ``(B,)``, moved to a device once."""
         assert self._weights is not None
         if self._weights.device != device:
-            self._weights = self._weights.to(device, non_blocking=True)
+            self._weights = moved(self._weights, device)
         return self._weights
 
     def weigh(self, per_sample: Tensor, host_loss: Tensor, normaliser: Tensor | float, title: str = "a loss") -> Tensor:
@@ -216,6 +258,7 @@ class LossWeigher:
         Raises:
             ValueError: If the loss is not one of the batch's samples.
         """
+        self.expect(per_sample.numel())
         if per_sample.shape != (self.batch_size,):
             raise ValueError(
                 f"{title} was computed over {per_sample.numel()} samples, but the batch has {self.batch_size}: "
@@ -243,12 +286,7 @@ class LossWeigher:
         Returns:
             Tensor: A view of ``predictions``.
         """
-        weights = self.weights_on(predictions.device)
-        if rows is not None:
-            counts = torch.tensor(rows, device=weights.device)
-            weights = weights.repeat_interleave(counts, output_size=predictions.shape[axis])
-        shape = [-1 if dim == axis else 1 for dim in range(predictions.dim())]
-        return ScaledGradient.apply(predictions, weights.view(shape))
+        return ScaledGradient.apply(predictions, along(self.weights_on(predictions.device), predictions, axis, rows))
 
     def score(self, mean_loss: Tensor, valid: Tensor | None = None) -> None:
         """Add one loss to the scores of the batch's samples.
@@ -262,38 +300,12 @@ class LossWeigher:
         """
         if valid is None:
             valid = torch.ones_like(mean_loss, dtype=torch.bool)
-        valid = valid.to(mean_loss.device)
+        valid = moved(valid, mean_loss.device)
         mean_loss = torch.where(valid, mean_loss.detach().float(), 0.0)
         if self._scores is None or self._valid is None:
             self._scores, self._valid = mean_loss, valid
         else:
             self._scores, self._valid = self._scores + mean_loss, self._valid | valid
-
-
-class ValueOfOne(torch.autograd.Function):
-    """Forward the value of the first argument, backward the gradient to the second."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, objective: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, grads[0]
-
-
-class ScaledGradient(torch.autograd.Function):
-    """Forward the first argument, backward its gradient times the second."""
-
-    @staticmethod
-    def forward(ctx: Any, predictions: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
-        return predictions.view_as(predictions)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (weights,) = ctx.saved_tensors
-        return (grads[0] * weights).to(grads[0].dtype), None
 
 
 def _divided(scores: Tensor, valid: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:

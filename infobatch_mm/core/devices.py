@@ -1,0 +1,11 @@
+"""Tensors on the way between devices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for it; on the CPU it has arrived, as it may be read there at once."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
