@@ -55,10 +55,13 @@ def update_scores(scores: list[float | None], visits: Sequence[int], losses: Seq
 
 
 def kept_count(n: int, others: int, r: float, multiple_of: int) -> int:
-    """The k in 1..n nearest to (1 - r) * n for which all visits divide (the lower of two), else n."""
+    """The k in 1..n nearest to (1 - r) * n for which all visits divide (the lower of two), else n.
+
+    A weight n/k is at most twice the nominal one, 1 / (1 - r).
+    """
     best = None
     for k in range(1, n + 1):
-        if (others + k) % multiple_of == 0:
+        if (others + k) % multiple_of == 0 and n / k <= 2 / (1 - r) * (1 + 1e-9):
             distance = abs(k - (1 - r) * n)
             if best is None or distance < best[0]:
                 best = (distance, k)

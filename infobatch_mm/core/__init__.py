@@ -2,7 +2,8 @@
 
 from .collate import keeps_order
 from .plan import Plan, full_plan, thinned_plan
-from .policies import AnnealedPolicy, InfoBatchPolicy, NoPruning, PruningPolicy, RandomPolicy, build_policy
+from .policies import AnnealedPolicy, InfoBatchPolicy, NoPruning, PruningPolicy, RandomPolicy
+from .policy_registry import build_policy, register_policy
 from .pruner import Pruner
 from .sampler import PlanSampler
 from .schedule import EpochSchedule, IterSchedule, Schedule
@@ -24,5 +25,6 @@ __all__ = [
     "build_policy",
     "full_plan",
     "keeps_order",
+    "register_policy",
     "thinned_plan",
 ]

@@ -1,4 +1,4 @@
-"""Pruning policies: from scores to a plan."""
+"""Pruning policies: from scores to a plan. ``policy_registry.py`` finds them by name."""
 
 from __future__ import annotations
 
@@ -47,9 +47,18 @@ class PruningPolicy(ABC):
         """What identifies the policy in checkpoints and summaries: its name and arguments."""
         return {"policy": self.name}
 
+    def __repr__(self) -> str:
+        # The form that build_policy() takes: a host that writes its config down, with an instance in it, writes Python
+        # that can be read again.
+        arguments = {key: value for key, value in self.settings().items() if key != "policy"}
+        return f"dict({', '.join(f'{key}={value!r}' for key, value in {'type': self.name, **arguments}.items())})"
+
 
 class AnnealedPolicy(PruningPolicy):
     """What policies share that prune with a ratio r until the share δ of the training is done.
+
+    The number of kept candidates is brought to where the visits make full batches, but no further than that a weight
+    stays within twice the nominal 1/(1-r): otherwise the pass is a full one.
 
     Args:
         prune_ratio (float): Chance r that a candidate is skipped, in [0, 1). Defaults to 0.5.
@@ -192,45 +201,13 @@ def kept_count(num_candidates: int, num_others: int, prune_ratio: float, multipl
         multiple_of (int): Number m that ``num_others`` + k shall be a multiple of.
 
     Returns:
-        int: k in [1, n], the nearest to ``(1 - r) * n`` that divides; n itself where no k divides (only
-        possible for n < m) or where n is 0: the pass is then a full one, which is unbiased as well.
+        int: k in [1, n], of those that divide the nearest to ``(1 - r) * n``, and at least half of it, so that the
+        weight n/k never exceeds 2/(1-r): one sample that stands for a thousand would make a step of its own. n itself
+        where no such k divides (only possible for n < 2m) or where n is 0: the pass is then a full one, which is
+        unbiased as well.
     """
     target = num_candidates * (1 - prune_ratio)
     lower = math.floor((num_others + target) / multiple_of) * multiple_of - num_others
-    fitting = [k for k in (lower, lower + multiple_of) if 1 <= k <= num_candidates]
+    # The tolerance is for targets such as 0.3 * 10, whose half is not to fall on the wrong side of a whole number.
+    fitting = [k for k in (lower, lower + multiple_of) if max(1, target / 2 - 1e-9) <= k <= num_candidates]
     return min(fitting, key=lambda k: abs(k - target), default=num_candidates)
-
-
-_POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy, RandomPolicy, NoPruning)}
-
-
-def build_policy(
-    policy: str | PruningPolicy = InfoBatchPolicy.name,
-    prune_ratio: float = 0.5,
-    delta: float = 0.875,
-    quantile: float | None = None,
-) -> PruningPolicy:
-    """Turn the user's choice into a policy.
-
-    Args:
-        policy (str | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'``, or a policy of the user's own.
-            Defaults to ``'infobatch'``.
-        prune_ratio (float): r in [0, 1); see :class:`AnnealedPolicy`. Defaults to 0.5.
-        delta (float): In (0, 1]; see :class:`AnnealedPolicy`. Defaults to 0.875.
-        quantile (float, optional): Of ``'infobatch'``; see :class:`InfoBatchPolicy`. Not looked at by the others.
-
-    Returns:
-        PruningPolicy: The policy.
-
-    Raises:
-        ValueError: For an unknown name or an argument out of range.
-    """
-    checked = InfoBatchPolicy(prune_ratio, delta, quantile)  # arguments out of range are refused whatever the policy
-    if isinstance(policy, PruningPolicy):
-        return policy
-    if policy == checked.name:
-        return checked
-    if not isinstance(policy, str) or policy not in _POLICIES:
-        raise ValueError(f"unknown policy {policy!r}: choose one of {sorted(_POLICIES)} or pass a PruningPolicy")
-    chosen = _POLICIES[policy]
-    return chosen(checked.prune_ratio, checked.delta) if issubclass(chosen, AnnealedPolicy) else chosen()

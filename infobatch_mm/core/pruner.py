@@ -14,6 +14,7 @@ from . import noise_levels, rng
 from .distributed import Group, gather, world_size
 from .plan import Plan, full_plan
 from .policies import PruningPolicy
+from .policy_registry import check_drawn
 from .schedule import Schedule
 from .scores import ScoreStore
 from .weights import PlanWeights
@@ -120,6 +121,7 @@ class Pruner:
             plan = None
             if self.is_active:
                 plan = self.policy.draw(self.store.values, self.store.seen, generator, self.schedule.batch_size)
+                check_drawn(plan, self.policy, self.schedule.num_samples, self.schedule.batch_size)
             if plan is None:
                 plan = full_plan(self.schedule.num_samples, generator)
             # Cut first, sort then: what a pass leaves out is random also where its order is not.

@@ -47,8 +47,9 @@ class AcceleratedInfoBatch:
         num_epochs (int): Passes over the data in the whole training, at least 1.
         prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
         delta (float): Share of the training after which every sample is visited, in (0, 1]. Defaults to 0.875.
-        policy (str | PruningPolicy): ``'infobatch'``, ``'random'``, or a policy of your own; ``'none'`` keeps the
-            loader's own sampler and order, records scores and weighs nothing. Defaults to ``'infobatch'``.
+        policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, a registered policy of your own by its name
+            or as ``dict(type=name, ...)``, or an instance; ``'none'`` keeps the loader's own sampler and order, records
+            scores and weighs nothing. Defaults to ``'infobatch'``.
         seed (int): Seed of the draws, the same on every process. Defaults to 0.
         item_seed (bool): Whether items are read under a seed made of seed, pass and position, so that augmentations
             repeat after a resume. Defaults to False.
@@ -88,7 +89,7 @@ class AcceleratedInfoBatch:
         prune_ratio: float = 0.5,
         delta: float = 0.875,
         *,
-        policy: str | PruningPolicy = "infobatch",
+        policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
         seed: int = 0,
         item_seed: bool = False,
         score: str | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -52,8 +52,9 @@ class InfoBatchHook(Hook):
             Defaults to 0.5, or to what a configured ``InfoBatchSampler`` says.
         delta (float, optional): Share of the training after which every sample is visited, in (0, 1].
             Defaults to 0.875, or as above.
-        policy (str | PruningPolicy, optional): ``'infobatch'``; ``'none'`` keeps the host's own sampler,
-            iterator and order and only records scores. Defaults to ``'infobatch'``, or as above.
+        policy (str | dict | PruningPolicy, optional): ``'infobatch'``, ``'random'``, a registered policy of your own by
+            its name or as ``dict(type=name, ...)`` with its arguments, or an instance; ``'none'`` keeps the host's own
+            sampler, iterator and order and only records scores. Defaults to ``'infobatch'``, or as above.
         seed (int, optional): Seed of the draws. Defaults to the runner's.
         score_auxiliary (bool): Whether auxiliary heads count in a sample's score. They are weighed in any
             case. Defaults to False.
@@ -81,7 +82,7 @@ class InfoBatchHook(Hook):
         self,
         prune_ratio: float | None = None,
         delta: float | None = None,
-        policy: str | PruningPolicy | None = None,
+        policy: str | Mapping[str, Any] | PruningPolicy | None = None,
         seed: int | None = None,
         *,
         score_auxiliary: bool = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
 from mmengine.dataset import DefaultSampler, InfiniteSampler
@@ -10,7 +10,7 @@ from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from ..core import PlanSampler, Pruner, build_policy
+from ..core import PlanSampler, Pruner, PruningPolicy, build_policy
 from ..core.loader import check_indexable
 from .loader import IndexedLoader
 
@@ -33,7 +33,7 @@ class InfoBatchSampler(PlanSampler):
             to what ``InfoBatchHook`` says, else 0.5.
         delta (float, optional): Share of the training after which pruning stops, in (0, 1]. Defaults to
             what ``InfoBatchHook`` says, else 0.875.
-        policy (str, optional): Defaults to what ``InfoBatchHook`` says, else ``'infobatch'``.
+        policy (str | dict, optional): See ``InfoBatchHook``. Defaults to what it says, else ``'infobatch'``.
         shuffle (bool): Whether passes are in random order. Defaults to True.
         seed (int, optional): Seed of the draws. Defaults to the runner's.
         round_up (bool): Whether full passes of an epoch loop give every process the same number of
@@ -50,7 +50,7 @@ class InfoBatchSampler(PlanSampler):
         dataset: Sized,
         prune_ratio: float | None = None,
         delta: float | None = None,
-        policy: str | None = None,
+        policy: str | Mapping[str, Any] | PruningPolicy | None = None,
         shuffle: bool = True,
         seed: int | None = None,
         round_up: bool = True,
@@ -111,7 +111,15 @@ def run_seed(runner: Any) -> int:
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """The settings that the user has set; the others take their defaults where the policy is built."""
+    """The settings that the user has set; the others take their defaults where the policy is built.
+
+    Raises:
+        ValueError: If one of them and the dict of a policy differ.
+    """
+    policy = settings.get("policy")
+    for key, value in policy.items() if isinstance(policy, Mapping) else ():
+        if settings.get(key) not in (None, value):
+            raise ValueError(f"{key}={settings[key]!r} and policy=dict({key}={value!r}, ...): set it in one of them")
     return {key: value for key, value in settings.items() if value is not None}
 
 

@@ -15,7 +15,8 @@ from ..core.checks import whole_number
 from ..core.devices import moved
 from ..core.distributed import Group, require_equal, world_size
 from ..core.loader import IndexedItems
-from ..core.policies import PruningPolicy, build_policy
+from ..core.policies import PruningPolicy
+from ..core.policy_registry import build_policy
 from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
 from ..core.scores import checked_level
@@ -81,7 +82,7 @@ class InfoBatch:
         prune_ratio: float = 0.5,
         delta: float = 0.875,
         *,
-        policy: str | dict | PruningPolicy = "infobatch",
+        policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
         seed: int = 0,
         batch_size: int | None = None,
         shuffle: bool = True,
