@@ -17,10 +17,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.utils import apply_to
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
+from ..core.devices import moved
 from ..core.distributed import require_equal
 from ..core.scores import check_score_ema
 from ..core.summary import check_summary, write_scores, write_summary
@@ -103,6 +105,7 @@ class InfoBatchHook(Hook):
         self._num_repeats = 1
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
+        self._updates_before: list[int] = []
         self._undo: list[Callable[[], None]] = []
         self._state: dict[str, Any] | None = None
         self._rng_before_val: dict[str, Any] | None = None
@@ -480,7 +483,8 @@ class InfoBatchHook(Hook):
             return
         self._renew_views(runner)
         # Taken here and kept: another hook may walk the loader before the step is over.
-        self._batch = runner.train_dataloader.current
+        self._batch = runner.train_dataloader.take(data_batch)
+        self._updates_before = [wrapper._inner_count for wrapper in process_state.optim_wrappers(runner)]
         indices = self._batch.indices
         if self._pacer is None:
             self._weigher.begin(torch.ones(len(indices)), pruned=False)
@@ -494,13 +498,12 @@ class InfoBatchHook(Hook):
         pruner = self._pruner
         if pruner is None:
             return
-        indices, replaced = self._batch
-        scores, valid = self._weigher.end()
-        if scores is None or valid is None:
-            raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
-        if bool(replaced.any()):
-            valid = valid & ~replaced.to(valid.device, non_blocking=True)
-        pruner.record(indices, scores, valid)
+        indices = self._batch.indices
+        scored = self._scored(runner)
+        if scored is None:
+            pruner.own_skipped += len(indices)
+        else:
+            pruner.record(indices, *scored)
         if self._pacer is not None:
             pruner.advance(len(indices) * runner.world_size)
         else:
@@ -510,6 +513,18 @@ class InfoBatchHook(Hook):
             pruner.observe(min(schedule.batch_size, left) if schedule.loop == "epochs" else schedule.batch_size)
             if pruner.pass_index > passes:
                 self._log_pass(runner)
+
+    def _scored(self, runner: Any) -> tuple[Tensor, Tensor] | None:
+        """Scores of the batch and which of them are valid; None if a ``train_step`` left it out, as after a NaN."""
+        reached = self._weigher.reached
+        scores, valid = self._weigher.end()
+        if scores is None or valid is None:
+            updates = [wrapper._inner_count for wrapper in process_state.optim_wrappers(runner)]
+            if not reached and updates == self._updates_before:
+                return None
+            raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
+        replaced = self._batch.replaced
+        return scores, valid & ~moved(replaced, valid.device) if bool(replaced.any()) else valid
 
     def after_pass(self, runner: Any) -> None:
         """Merge the scores of all processes and book the pass."""
@@ -534,9 +549,9 @@ class InfoBatchHook(Hook):
             step=runner.iter + (self._pacer is None),
         )
         store = pruner.store
-        unusable = ""
+        unusable = f", skipped {entry['skipped']} visits" if entry["skipped"] else ""
         if store.num_nonfinite or store.num_invalid:
-            unusable = (
+            unusable += (
                 f"; not recorded so far: {store.num_nonfinite} NaN or infinite losses, {store.num_invalid} samples "
                 "without a valid pixel or replaced by another"
             )

@@ -77,6 +77,7 @@ class IndexedLoader(DataLoader):
             **worker_options(loader),
         )
         self._own_seed = own_seed
+        self._delivered: dict[int, BatchIndices] = {}
 
     def start_pass(self, pass_index: int) -> None:
         """Seed what the coming pass draws: workers that are made anew for it repeat no augmentation."""
@@ -99,8 +100,19 @@ class IndexedLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         # Lazy: upstream's iteration loop makes its iterator long before training starts.
         for batch_indices, batch in super().__iter__():
-            self._batch = BatchIndices(*batch_indices)
+            self._batch = self._delivered[id(batch)] = BatchIndices(*batch_indices)
             yield batch
+
+    def take(self, batch: Any) -> BatchIndices:
+        """Indices of the batch that is about to be trained on; hooks may have walked the loader since it was delivered.
+
+        Args:
+            batch: As it was delivered; of a copy nothing is known, and the indices delivered last are taken.
+        """
+        # The batch is alive, so that its id is of nothing that was delivered before it.
+        indices = self._delivered.get(id(batch), self.current)
+        self._delivered.clear()
+        return indices
 
 
 class IndexedDataset:

@@ -45,8 +45,12 @@ class _PassLoop:
         runner = self.runner  # type: ignore[attr-defined]
         runner.call_hook("before_pass")
         self.dataloader.start_pass(self.pruner.pass_index)
-        self.dataloader.sampler.go_on()  # type: ignore[attr-defined]
         return self.pruner.batches_done
+
+    def _rest_of_pass(self) -> Iterator[Any]:
+        """The batches of the pass that are left; walks of hooks, also before the first of them, see all of the plan."""
+        self.dataloader.sampler.go_on()  # type: ignore[attr-defined]
+        yield from self.dataloader
 
 
 @LOOPS.register_module()
@@ -64,7 +68,7 @@ class InfoBatchEpochLoop(_PassLoop, EpochBasedTrainLoop):
         done = self._before_pass()
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
-        for idx, data_batch in enumerate(self.dataloader, start=done):
+        for idx, data_batch in enumerate(self._rest_of_pass(), start=done):
             self.run_iter(idx, data_batch)
         self.runner.call_hook("after_pass")
         self.runner.call_hook("after_train_epoch")
@@ -108,5 +112,5 @@ class InfoBatchIterLoop(_PassLoop, IterBasedTrainLoop):
         # only when its pass is planned.
         while not self.pruner.finished:
             self._before_pass()
-            yield from self.dataloader
+            yield from self._rest_of_pass()
             self.runner.call_hook("after_pass")

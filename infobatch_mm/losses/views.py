@@ -265,6 +265,7 @@ class ModelView(LossView):
             with self.weigher.suspended():
                 return self.host(*args, **kwargs)
         self.weigher.restart()
+        self.weigher.reached = True
         for value in (*args, *kwargs.values()):
             if isinstance(value, (list, tuple)) and len(value) == self.weigher.batch_size:
                 self.weigher.data_samples = value

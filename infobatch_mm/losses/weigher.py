@@ -50,6 +50,8 @@ class LossWeigher:
         self.data_samples: Sequence[Any] | None = None
         #: Which of them have a label at all, shape ``(B,)``, bool, where that is known.
         self.labelled: Tensor | None = None
+        #: Whether the model was asked for the losses of the batch in hand.
+        self.reached = False
         self._suspended = False
 
     @property
@@ -103,6 +105,7 @@ class LossWeigher:
         self._weights = self._sample_weights = weights
         self._indices, self._pair_weights, self._shares = indices, pair_weights, None
         self._pruned = pruned
+        self.reached = False
         self.restart()
 
     def mix(self, shares: Tensor) -> None:

@@ -1099,8 +1099,11 @@ def test_batches_of_several_processes_that_are_too_large_are_warned_of_once(monk
 # ---- numbers as users give them -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor, lambda value: np.array(value)], ids=str)
-@pytest.mark.parametrize("real", [np.float32, np.float64, torch.tensor], ids=str)
+NAMES = lambda make: make.__name__  # noqa: E731
+
+
+@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor, np.array], ids=NAMES)
+@pytest.mark.parametrize("real", [np.float32, np.float64, torch.tensor], ids=NAMES)
 def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(whole: Any, real: Any):
     given = InfoBatch(
         whole(40), whole(6), real(0.5), real(0.875), seed=whole(3), batch_size=whole(4), score_ema=real(0.75)
