@@ -20,6 +20,7 @@ from oracle_alone import seed
 from oracle_losses import labels_of, passes, with_head
 from waiting_kinds import INDICES, KINDS, InlineHead, Kind, Run, halves, scenes
 
+from infobatch_mm import InfoBatch
 from infobatch_mm.core.scores import ScoreStore
 from infobatch_mm.losses import HeadRule, LossWeigher, mmseg_losses, register_head_rule
 
@@ -292,3 +293,47 @@ def test_replaced_samples_are_left_out_without_waiting():
     with noted():
         hook._pruner.store.flush()
     assert hook._pruner.store.seen.nonzero().flatten().tolist() == [3, 7, 11]
+
+
+@pytest.mark.parametrize("indices_too", [False, True])
+@pytest.mark.parametrize("score", ["raw", "timestep"])
+def test_a_loop_of_ones_own_does_not_wait(score, indices_too):
+    """With our loader, in a full pass and in a pruned one; the scores and books are those of the CPU."""
+    ends = []
+    for place in (here, far):
+        infobatch = InfoBatch(48, 4, delta=1.0, score=score)
+        loader = infobatch.loader(list(range(48)), 4)
+        notes, weighted = Notes(), []
+        for _ in range(3):
+            for index, _ in loader:
+                losses = place((index * 37 % 48).float() + 1)
+                level = place(index.float() / 8)
+                given = place(index) if indices_too else index
+                with noted(notes):
+                    weighted.append(infobatch.weigh(losses.requires_grad_(), given, level))
+                    weighted[-1].backward()
+        assert not notes.waits, "\n".join(map(str, notes.waits))
+        with noted(notes):
+            ends.append((infobatch.summary(), infobatch.state_dict()["scores"].tolist(), torch.stack(near(weighted))))
+    assert ends[0][:2] == ends[1][:2] and torch.equal(ends[0][2], ends[1][2])
+    assert ends[0][0]["saved_ratio"] > 0.1
+
+
+def test_a_loop_on_accelerate_does_not_wait():
+    accelerate = pytest.importorskip("accelerate")
+    from infobatch_mm.diffusion import AcceleratedInfoBatch
+
+    given = torch.utils.data.DataLoader(torch.arange(48.0), 4, shuffle=True)
+    infobatch = AcceleratedInfoBatch(accelerate.Accelerator(cpu=True), given, 4, delta=1.0, score="timestep")
+    loader = infobatch.prepare(given)
+    notes = Notes()
+    for _ in range(3):
+        for x in loader:
+            infobatch._in_hand.index = far(infobatch._in_hand.index)  # accelerate moves it with the batch
+            with noted(notes):
+                infobatch._in_hand.weights = infobatch._pruner.weights(infobatch._in_hand.index)
+                infobatch.weigh(far(x * 37 % 48 + 1), log_snr=far(x / 8))
+            waits = [wait for wait in notes.waits if wait.is_ours]
+            assert not waits, "\n".join(map(str, waits))
+            infobatch._pruner.store.flush()
+    assert infobatch.passes_done == 3
