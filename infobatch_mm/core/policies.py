@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import plain
 from .plan import Plan, thinned_plan
 from .scores import is_number
 
@@ -44,14 +45,22 @@ class PruningPolicy(ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """What identifies the policy in checkpoints and summaries: its name and arguments."""
+        """What identifies the policy in checkpoints and summaries: its name and arguments, as plain values.
+
+        A policy with arguments overrides this: what is left out is neither compared on resume nor written down where a
+        host writes its config.
+        """
         return {"policy": self.name}
 
     def __repr__(self) -> str:
         # The form that build_policy() takes: a host that writes its config down, with an instance in it, writes Python
         # that can be read again.
-        arguments = {key: value for key, value in self.settings().items() if key != "policy"}
+        arguments = {key: plain(value) for key, value in self.settings().items() if key != "policy"}
         return f"dict({', '.join(f'{key}={value!r}' for key, value in {'type': self.name, **arguments}.items())})"
+
+    def __str__(self) -> str:
+        # Which is what MMEngine writes: a dataclass has a __repr__ of its own.
+        return PruningPolicy.__repr__(self)
 
 
 class AnnealedPolicy(PruningPolicy):

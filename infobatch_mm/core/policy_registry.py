@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -23,8 +26,11 @@ def register_policy(policy: P) -> P:
     Args:
         policy (type): The class. Registered again, as in a notebook, it takes its own earlier place.
 
+    Returns:
+        type: The same class.
+
     Raises:
-        ValueError: If it has no name, or another class has it.
+        ValueError: If it has no name, another class has it, or a method is missing.
 
     Example:
         >>> @register_policy
@@ -40,9 +46,10 @@ def register_policy(policy: P) -> P:
     """
     if not isinstance(policy, type) or not issubclass(policy, PruningPolicy):
         raise ValueError(f"register_policy takes a subclass of PruningPolicy, got {policy!r}")
-    name = getattr(policy, "name", None)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{policy.__qualname__} has name={name!r}: a policy is selected by its name, a text")
+    if inspect.isabstract(policy):
+        lacking = ", ".join(sorted(policy.__abstractmethods__))
+        raise ValueError(f"{policy.__qualname__} is abstract: it lacks {lacking}")
+    name = _checked_name(policy)
     there = _POLICIES.get(name, policy)
     if _place(there) != _place(policy):
         raise ValueError(f"the name {name!r} of {_place(policy)} is taken by {_place(there)}: use another")
@@ -60,8 +67,8 @@ def build_policy(
 
     Args:
         policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'`` or the name of a registered one;
-            ``dict(type=name, ...)`` with arguments of its own, also with a class in place of the name; or an instance.
-            Defaults to ``'infobatch'``.
+            ``dict(type=name, ...)`` with arguments of its own; or an instance. In place of the name, also a class or
+            where it can be imported from, ``'module.Class'``. Defaults to ``'infobatch'``.
         prune_ratio (float): r in [0, 1), for policies that take it; see :class:`AnnealedPolicy`. Defaults to 0.5.
         delta (float): In (0, 1], for policies that take it; see :class:`AnnealedPolicy`. Defaults to 0.875.
         quantile (float, optional): Of ``'infobatch'``; see :class:`InfoBatchPolicy`. Not looked at by the others.
@@ -70,11 +77,12 @@ def build_policy(
         PruningPolicy: The policy.
 
     Raises:
-        ValueError: For an unknown name or argument, an argument out of range, or something that is no policy.
+        ValueError: For an unknown name or argument, an argument out of range, something that is no policy, or a policy
+            whose name or settings cannot be written down.
     """
     InfoBatchPolicy(prune_ratio, delta, quantile)  # arguments out of range are refused whatever the policy
     if isinstance(policy, PruningPolicy):
-        return policy
+        return _checked(policy)
     if isinstance(policy, type) and issubclass(policy, PruningPolicy):
         raise ValueError(
             f"policy={policy.__qualname__} is a class: make an instance of it, or decorate it with register_policy and "
@@ -89,27 +97,27 @@ def build_policy(
             "instance of PruningPolicy"
         )
     name = given.pop("type")
-    if isinstance(name, type) and issubclass(name, PruningPolicy):
-        cls = name
-    elif isinstance(name, str) and name in _POLICIES:
-        cls = _POLICIES[name]
-    else:
+    cls = (_POLICIES.get(name) or _imported(name)) if isinstance(name, str) else name
+    if not isinstance(cls, type) or not issubclass(cls, PruningPolicy):
         raise ValueError(
             f"unknown policy {name!r}: choose one of {sorted(_POLICIES)}, pass a PruningPolicy, or decorate yours with "
             "register_policy and have it imported (custom_imports in a config)"
         )
-    name = cls.name
-    parameters = inspect.signature(cls).parameters
+    name = getattr(cls, "name", cls.__qualname__)
+    parameters, open_ended = _arguments(cls)
     defaults = dict(prune_ratio=prune_ratio, delta=delta, quantile=quantile)
     taken = {key: value for key, value in defaults.items() if key in parameters and value is not None}
-    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     if unknown := [] if open_ended else [key for key in given if key not in parameters]:
         raise ValueError(f"policy {name!r} takes no {unknown[0]}: its arguments are {list(parameters)}")
     arguments = {**taken, **given}
-    named = [each for each in parameters.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    if missing := [each.name for each in named if each.default is each.empty and each.name not in arguments]:
+    if missing := [key for key, each in parameters.items() if each.default is each.empty and key not in arguments]:
         raise ValueError(f"policy {name!r} needs {missing[0]}: use dict(type={name!r}, {missing[0]}=...)")
-    return cls(**arguments)
+    try:
+        built = cls(**arguments)
+    except TypeError as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise ValueError(f"policy {name!r} cannot be made by {cls.__qualname__}({shown}): {error}") from error
+    return _checked(built)
 
 
 def check_drawn(plan: Any, policy: PruningPolicy, num_samples: int, multiple_of: int) -> None:
@@ -124,7 +132,7 @@ def check_drawn(plan: Any, policy: PruningPolicy, num_samples: int, multiple_of:
     Raises:
         ValueError: With the policy, what was found, and what was expected.
     """
-    if plan is None or type(policy).__module__.startswith("infobatch_mm."):
+    if plan is None or _is_ours(policy):
         return
     if (fault := _fault(plan, num_samples, multiple_of)) is not None:
         raise ValueError(
@@ -135,13 +143,19 @@ def check_drawn(plan: Any, policy: PruningPolicy, num_samples: int, multiple_of:
 def _fault(plan: Any, num_samples: int, multiple_of: int) -> str | None:
     if not isinstance(plan, Plan):
         return f"draw() returned a {type(plan).__name__}, expected a Plan or None"
-    indices, weights = plan.indices, plan.weights
+    indices, weights, threshold = plan.indices, plan.weights, plan.threshold
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
         return f"expected int64 sample indices of shape (K,), at least one, got {_described(indices)}"
     if not isinstance(weights, Tensor) or weights.dtype != torch.float32 or weights.shape != indices.shape:
         return f"expected float32 weights of shape {tuple(indices.shape)}, got {_described(weights)}"
+    for tensor in (indices, weights):
+        if tensor.device.type != "cpu" or tensor.requires_grad:
+            return f"expected tensors on the CPU, without a gradient, got {_described(tensor)}"
     if not isinstance(plan.pruned, bool):
         return f"pruned={plan.pruned!r}, expected True or False"
+    # It is written to checkpoints and, as JSON, to the summary.
+    if threshold is not None and (type(threshold) not in (int, float) or not math.isfinite(threshold)):
+        return f"threshold={threshold!r}, expected a finite float of Python's or None"
     outside = (indices < 0) | (indices >= num_samples)
     if bool(outside.any()):
         return f"sample index {int(indices[outside][0])} is outside the data set of {num_samples} samples"
@@ -153,11 +167,71 @@ def _fault(plan: Any, num_samples: int, multiple_of: int) -> str | None:
         return f"sample {int(indices[unusable][0])} weighs {float(weights[unusable][0])}, expected a positive number"
     if plan.pruned and len(indices) % multiple_of:
         return f"{len(indices)} visits do not make full batches of {multiple_of} (multiple_of)"
+    # A host makes as many steps of a full pass as its own sampler would, and losses that do not separate over samples
+    # are the host's own there.
+    if not plan.pruned and len(indices) < num_samples:
+        return f"{len(indices)} of {num_samples} samples are visited, but pruned=False"
+    if not plan.pruned and bool((weighed := weights != 1).any()):
+        where = int(weighed.nonzero()[0])
+        return f"sample {int(indices[where])} weighs {float(weights[where])} in a plan with pruned=False, expected 1"
     return None
 
 
 def _described(value: Any) -> str:
-    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    where = "" if value.device.type == "cpu" else f" on {value.device}"
+    return f"{value.dtype} of shape {tuple(value.shape)}{where}{' with a gradient' if value.requires_grad else ''}"
+
+
+def _is_ours(policy: PruningPolicy) -> bool:
+    return type(policy).__module__.startswith("infobatch_mm.")
+
+
+def _checked(policy: PruningPolicy) -> PruningPolicy:
+    """A policy whose name and settings go into checkpoints, JSON and configs: found out now, not at the end."""
+    if _is_ours(policy):
+        return policy
+    name, settings = _checked_name(type(policy)), policy.settings()
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"policy {name!r} ({type(policy).__qualname__}) has settings() that cannot be written down: {settings!r}; "
+            "give numbers, texts, lists and dicts of Python's"
+        ) from None
+    return policy
+
+
+def _checked_name(policy: type[PruningPolicy]) -> str:
+    name = getattr(policy, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{policy.__qualname__} has name={name!r}: a policy is selected by its name, a text")
+    return name
+
+
+def _imported(place: str) -> Any:
+    """What lies at ``module.Class``, as MMEngine writes down a class that a config imports; None for nothing."""
+    module, _, name = place.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None) if module else None
+    except (ImportError, TypeError, ValueError):  # no such module, or no name of one
+        return None
+
+
+def _arguments(policy: type[PruningPolicy]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What a constructor takes, with what its ``**kwargs`` hands on to its bases; and whether it takes any other."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in policy.__mro__:
+        if base is object or "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(base.__init__).parameters.values())[1:]  # type: ignore[misc]
+        named = {each.name: each for each in own if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+        found = {**found, **{key: each for key, each in named.items() if key not in found}}
+        if not any(each.kind is each.VAR_KEYWORD for each in own):
+            return found, False
+    # The last constructor takes what it likes, or there is none at all.
+    return found, any("__init__" in vars(base) for base in policy.__mro__[:-1])
 
 
 def _place(policy: type) -> str:

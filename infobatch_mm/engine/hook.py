@@ -32,7 +32,7 @@ from .checkpoints import CheckpointGuard, check_resume_point, check_state
 from .loader import BatchIndices, IndexedLoader, sample_name
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
 from .param_schedule import SchedulerPacer, renew_max_iters
-from .samplers import InfoBatchSampler, given, host_sampler, pass_loader, run_seed
+from .samplers import InfoBatchSampler, as_dict, given, host_sampler, pass_loader, run_seed
 
 #: Key of our state in a checkpoint.
 STATE_KEY = "infobatch"
@@ -197,12 +197,13 @@ class InfoBatchHook(Hook):
         """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
         settings = getattr(host_sampler(dataloader), "settings", {})
         for key in settings.keys() & self._given.keys():
-            if settings[key] != self._given[key]:
+            theirs, ours = (each[key] for each in (settings, self._given))
+            if (as_dict(theirs) != as_dict(ours)) if key == "policy" else theirs != ours:
                 raise ValueError(
                     f"InfoBatchHook has {key}={self._given[key]!r}, but InfoBatchSampler has {key}={settings[key]!r}: "
                     "set it in one of them"
                 )
-        return {**settings, **self._given}
+        return given(**{**settings, **self._given})
 
     def _watch(self, loop: BaseLoop) -> IndexedLoader:
         """Learn the indices of the host's own batches and leave all else as it is."""

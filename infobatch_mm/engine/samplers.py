@@ -114,13 +114,23 @@ def given(**settings: Any) -> dict[str, Any]:
     """The settings that the user has set; the others take their defaults where the policy is built.
 
     Raises:
-        ValueError: If one of them and the dict of a policy differ.
+        ValueError: If one of them and the policy, a dict or an instance, differ.
     """
-    policy = settings.get("policy")
-    for key, value in policy.items() if isinstance(policy, Mapping) else ():
+    for key, value in as_dict(settings.get("policy")).items():
         if settings.get(key) not in (None, value):
             raise ValueError(f"{key}={settings[key]!r} and policy=dict({key}={value!r}, ...): set it in one of them")
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def as_dict(policy: str | Mapping[str, Any] | PruningPolicy | None) -> dict[str, Any]:
+    """A policy as ``dict(type=name, ...)``, in whichever form it is given; empty for none."""
+    if isinstance(policy, PruningPolicy):
+        arguments = {key: value for key, value in policy.settings().items() if key != "policy"}
+        return {"type": policy.name, **arguments}
+    if isinstance(policy, Mapping):
+        kind = policy.get("type")
+        return {**policy, "type": getattr(kind, "name", kind)}
+    return {} if policy is None else {"type": policy}
 
 
 def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:

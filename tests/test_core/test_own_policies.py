@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import doctest
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import infobatch_mm.core.policy_registry as module
 from infobatch_mm import InfoBatch, InfoBatchPolicy, NoPruning, Plan, PruningPolicy, register_policy
-from infobatch_mm.core import EpochSchedule, Pruner, RandomPolicy, build_policy
+from infobatch_mm.core import AnnealedPolicy, EpochSchedule, Pruner, RandomPolicy, build_policy
 from infobatch_mm.core.policies import kept_count
 
 
@@ -49,6 +52,41 @@ class Strict(Half):
         super().__init__(share)
 
 
+class Handed(AnnealedPolicy):
+    """Hands what it does not know on to its base."""
+
+    name = "handed"
+
+    def __init__(self, temperature: float = 1.0, **more: Any) -> None:
+        super().__init__(**more)
+        self.temperature = temperature
+
+    def draw(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "temperature": self.temperature}
+
+
+@dataclass
+class Noted(PruningPolicy):
+    share: Any = 0.5
+    name = "noted"
+
+    def is_active(self, progress: float) -> bool:
+        return False
+
+    def draw(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        return {"policy": self.name, "share": self.share}
+
+
+class Nameless(Handed):
+    name = None  # type: ignore[assignment]
+
+
 # ---- found ------------------------------------------------------------------------------------------------
 
 
@@ -63,6 +101,18 @@ def test_a_registered_policy_is_found_by_name_and_by_dict():
         for index, _ in infobatch.loader(list(range(8)), 2):
             infobatch.weigh(index.float(), index)
     assert [entry["kept"] for entry in infobatch.summary()["per_pass"]] == [4] * 3
+
+
+def test_a_training_on_accelerate_takes_a_dict_too():
+    accelerate = pytest.importorskip("accelerate")
+    from infobatch_mm.diffusion import AcceleratedInfoBatch
+
+    loader = DataLoader(list(range(8)), 2, shuffle=True)
+    infobatch = AcceleratedInfoBatch(
+        accelerate.Accelerator(cpu=True), loader, 3, 0.3, policy=dict(type="infobatch", quantile=0.76)
+    )
+    summary = infobatch.summary()
+    assert (summary["policy"], summary["prune_ratio"], summary["quantile"]) == ("infobatch", 0.3, 0.76)
 
 
 def test_ours_are_found_by_dict_with_arguments_beside_it_as_defaults():
@@ -105,6 +155,49 @@ def test_a_policy_without_a_needed_argument_is_refused_by_its_name():
         build_policy("strict")
 
 
+def test_arguments_that_a_policy_hands_on_to_its_base_are_its_own():
+    register_policy(Handed)
+    assert build_policy("handed", 0.3, 0.6).settings() == {
+        "policy": "handed", "prune_ratio": 0.3, "delta": 0.6, "temperature": 1.0
+    }  # fmt: skip
+    assert build_policy(dict(type="handed", delta=0.7, temperature=2), 0.3).delta == 0.7
+    with pytest.raises(ValueError, match=r"'handed' takes no tau: its arguments are \['temperature', 'prune_ratio'"):
+        build_policy(dict(type="handed", tau=1))
+
+
+def test_a_constructor_that_fails_is_refused_with_what_it_was_given():
+    class Twice(Handed):
+        name = "twice"
+
+        def __init__(self, **more: Any) -> None:
+            super().__init__(prune_ratio=0.1, **more)
+
+    register_policy(Twice)
+    with pytest.raises(ValueError, match=r"policy 'twice' .*\(prune_ratio=0\.3, delta=0\.875\).*multiple values"):
+        build_policy("twice", 0.3)
+
+
+def test_a_policy_is_found_where_it_lies_as_a_config_with_imports_writes_it_down():
+    place = dict(type="infobatch_mm.InfoBatchPolicy", quantile=0.7)
+    assert build_policy(place).settings() == InfoBatchPolicy(quantile=0.7).settings()
+    for nowhere in ("infobatch_mm.InfoBatch", "infobatch_mm.Nothing", "no_such_module.Policy", "infobatch_mm.", "."):
+        with pytest.raises(ValueError, match=f"unknown policy '{nowhere}'"):
+            build_policy(nowhere)
+
+
+def test_what_cannot_be_named_or_written_down_is_refused():
+    with pytest.raises(ValueError, match="Nameless has name=None"):
+        build_policy(Nameless())
+    with pytest.raises(ValueError, match=r"'noted' \(.*Noted\).* settings\(\).*share.*tensor\(0\.5"):
+        build_policy(Noted(torch.tensor(0.5)))
+    with pytest.raises(ValueError, match="AnnealedPolicy is abstract: it lacks draw"):
+        register_policy(AnnealedPolicy)
+    with pytest.raises(ValueError, match=r"policy 'AnnealedPolicy' .*abstract"):
+        build_policy(dict(type=AnnealedPolicy))
+    with pytest.raises(ValueError, match=r"'noted' \(.*Noted\).* settings\(\).*array"):
+        build_policy(dict(type=Noted, share=np.ones(2)))
+
+
 def test_registering_is_refused_for_what_has_no_name_or_anothers():
     register_policy(Half)
     register_policy(Half)  # a cell of a notebook that is run again
@@ -126,6 +219,12 @@ def test_a_policy_is_written_as_what_builds_it():
     register_policy(Half)
     for policy in (InfoBatchPolicy(0.3, 0.6, 0.7), RandomPolicy(0.2), NoPruning(), Half(0.4, "name")):
         assert build_policy(eval(repr(policy))).settings() == policy.settings()
+
+
+def test_a_policy_is_written_as_what_builds_it_also_where_it_has_a_repr_of_its_own_or_numbers_of_numpy():
+    assert repr(Noted()) == "Noted(share=0.5)"  # a dataclass
+    assert str(Noted(np.float64(0.4))) == "dict(type='noted', share=0.4)"
+    assert repr(Half(np.float32(0.5))) == "dict(type='half', prune_ratio=0.5, sorted_by='score')"
 
 
 def test_docstring_example_runs():
@@ -156,6 +255,15 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "zero": (Plan(torch.arange(4), torch.tensor([0.0, 1, 1, 1]), True), "sample 0 weighs 0.0"),
     "ragged": (Plan(torch.arange(3), torch.ones(3), True), "3 visits do not make full batches of 2"),
     "pruned": (Plan(torch.arange(4), ONES, 1), "pruned=1, expected True or False"),  # type: ignore[arg-type]
+    "full but short": (Plan(torch.arange(4), ONES, False), "4 of 8 samples are visited, but pruned=False"),
+    "full but weighs": (
+        Plan(torch.arange(8), torch.tensor([1.0, 1, 1, 2, 1, 1, 1, 1]), False),
+        "sample 3 weighs 2.0 in a plan with pruned=False",
+    ),
+    "other device": (Plan(torch.arange(4, device="meta"), ONES, True), "on the CPU, .*on meta"),
+    "gradient": (Plan(torch.arange(4), ONES.clone().requires_grad_(), True), "without a gradient"),
+    "threshold": (Plan(torch.arange(4), ONES, True, torch.tensor(0.5)), r"threshold=tensor\(0.5000\)"),  # type: ignore[arg-type]
+    "nan threshold": (Plan(torch.arange(4), ONES, True, float("nan")), "threshold=nan"),
 }
 
 
@@ -168,6 +276,15 @@ def test_a_plan_that_cannot_be_walked_is_refused_when_it_is_drawn(drawn: Any, me
     pruner = Pruner(EpochSchedule(8, 3, 2), Faulty())
     with pytest.raises(ValueError, match=rf"policy 'half' \(.*Faulty\) drew a plan that cannot be walked: .*{message}"):
         pruner.begin_pass()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5, 2])
+def test_a_plan_that_can_be_walked_is_taken(threshold: float | None):
+    class Sound(Half):
+        def draw(self, *args: Any, **kwargs: Any) -> Plan:
+            return Plan(torch.tensor([7, 0, 3, 1]), torch.tensor([2.0, 1e-3, 1e6, 1]), True, threshold)
+
+    assert Pruner(EpochSchedule(8, 3, 2), Sound()).begin_pass().indices.tolist() == [7, 0, 3, 1]
 
 
 def test_a_full_plan_of_a_users_policy_need_not_divide():

@@ -21,11 +21,12 @@ from mmseg.registry import DATASETS
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from infobatch_mm import InfoBatch
-from infobatch_mm.core import distributed
+from infobatch_mm import InfoBatch, Plan, PruningPolicy
+from infobatch_mm.core import RandomPolicy, distributed
 from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine import InfoBatchHook, ReconstructionHook
 from infobatch_mm.engine.hook import check_runner
+from infobatch_mm.engine.loader import IndexedLoader
 from infobatch_mm.engine.reconstruction import reconstruct
 from infobatch_mm.engine.samplers import InfoBatchSampler, pass_loader
 from infobatch_mm.loop import infobatch, passes, sizes
@@ -308,10 +309,45 @@ def by_ratio(ratio: float) -> list[dict[str, Any]]:
     return [dict(type="InfoBatchHook", prune_ratio=ratio, delta=0.75)]
 
 
+class OddPolicy(PruningPolicy):
+    name = "odd"
+
+    def is_active(self, progress: float) -> bool:
+        return True
+
+    def draw(self, *args: Any) -> Plan:
+        return Plan(torch.tensor([3, 1, 3, 2]), torch.ones(4), pruned=True)
+
+
+def by_size(items: list[int]) -> torch.Tensor:
+    return torch.tensor(sorted(items, reverse=True))
+
+
+def without_first(items: list[int]) -> torch.Tensor:
+    return torch.tensor([item for item in items if item])
+
+
+def in_one(items: list[int]) -> torch.Tensor:
+    return torch.tensor(items).sum()
+
+
+def collated(collate_fn: Callable[[list[int]], torch.Tensor]) -> None:
+    list(IndexedLoader(DataLoader(range(12), 4, collate_fn=collate_fn)))
+
+
 CASES: dict[str, Callable[[Case], Any]] = {
     "`prune_ratio=1.5`": lambda case: case.hooked(prune_ratio=1.5),
     "`delta=0`": lambda case: case.hooked(delta=0),
     "`policy='x'`": lambda case: case.hooked(policy="x"),
+    "`policy=dict(prune_ratio=0.5)`, without a type": lambda case: case.hooked(policy=dict(prune_ratio=0.5)),
+    "`policy=dict(type='infobatch', quantil=0.5)`": lambda case: case.hooked(
+        policy=dict(type="infobatch", quantil=0.5)
+    ),
+    "a policy's class in place of an instance": lambda case: InfoBatchHook(policy=RandomPolicy),
+    "`prune_ratio` beside a policy's dict that says otherwise": lambda case: case.hooked(
+        prune_ratio=0.5, policy=dict(type="infobatch", prune_ratio=0.4)
+    ),
+    "a policy of the user's that visits a sample twice": lambda case: case.hooked(policy=OddPolicy()),
     "`seed=-1`": lambda case: case.hooked(seed=-1),
     "`score_ema=1`": lambda case: case.hooked(score_ema=1),
     "two hooks": lambda case: case.train(custom_hooks=ONE_LINE * 2),
@@ -354,6 +390,9 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "`ReconstructionHook(num_images=0)`": lambda case: ReconstructionHook(num_images=0),
     "`ReconstructionHook` with a model that predicts no pixels": no_pixels,
     "a batch augmentation that mixes three samples": mix_three,
+    "a collate function that sorts or mixes its samples": lambda case: collated(by_size),
+    "a collate function that drops samples": lambda case: collated(without_first),
+    "a collate function whose order cannot be seen": lambda case: collated(in_one),
     "DeepSpeed, FSDP and other strategies of `FlexibleRunner`": flexible_runner,
     "a model that is sharded by its wrapper": sharded_model,
     "processes with another seed, data set or order of it": differing_processes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import infobatch_mm.core.policy_registry as registry
-from infobatch_mm import Plan, PruningPolicy, register_policy
+from infobatch_mm import InfoBatchPolicy, Plan, PruningPolicy, register_policy
 from infobatch_mm.engine import InfoBatchHook
 from infobatch_mm.engine.samplers import InfoBatchSampler
 
@@ -89,6 +90,60 @@ def test_a_config_file_may_make_an_instance_or_name_a_class(scenes: Path, tmp_pa
     assert '"prune_ratio": 0.3' in (tmp_path / "run/infobatch_summary.json").read_text()
 
 
+def policies_in(file: Path) -> Any:
+    return Config.fromfile(file).custom_hooks[0].policy
+
+
+def test_a_config_file_with_an_instance_is_run_and_its_dump_runs_alike(scenes: Path, tmp_path: Path):
+    """As users do it: from one file, with the host's log of its config, and again from what the run left."""
+    register_policy(FirstHalf)
+    cfg = config(scenes, tmp_path / "first", log_level="INFO", custom_hooks=[])
+    cfg.dump(tmp_path / "base.py")
+    (tmp_path / "own.py").write_text(
+        "_base_ = ['base.py']\n"  # first: with an import in its place the host reads a config of lazy imports
+        f"import {__name__} as own\n"
+        "custom_hooks = [dict(type='InfoBatchHook', policy=own.FirstHalf(0.4))]\n"
+    )
+    first = Config.fromfile(tmp_path / "own.py")
+    assert isinstance(first.custom_hooks[0].policy, FirstHalf)
+    train(first)
+    assert policies_in(tmp_path / "first/own.py") == dict(type="first_half", share=0.4)
+    again = Config.fromfile(tmp_path / "first/own.py")
+    again.work_dir = str(tmp_path / "again")
+    train(again)
+    books = [json.loads((tmp_path / run / "infobatch_summary.json").read_text()) for run in ("first", "again")]
+    for each in books:
+        del each["wall_time_s"]
+    assert books[0] == books[1]
+    assert {entry["kept"] for entry in books[0]["per_pass"]} >= {8}
+
+
+def test_an_instance_in_the_sampler_is_written_down_too(scenes: Path, tmp_path: Path):
+    cfg = config(scenes, tmp_path, custom_hooks=[])
+    cfg.train_cfg.type = "InfoBatchIterLoop"
+    cfg.train_dataloader.sampler = dict(type="InfoBatchSampler", policy=FirstHalf(0.4))
+    train(cfg)
+    assert '"kept": 8' in (tmp_path / "infobatch_summary.json").read_text()
+    dumped = Config.fromfile(next(tmp_path.glob("*.py")))
+    assert dumped.train_dataloader.sampler.policy == dict(type="first_half", share=0.4)
+
+
+def test_a_config_that_names_a_class_by_import_is_written_down_as_what_builds_it(tmp_path: Path):
+    (tmp_path / "own.py").write_text(
+        "from infobatch_mm import InfoBatchPolicy\n"
+        "custom_hooks = [dict(policy=dict(type=InfoBatchPolicy, quantile=0.7))]\n"
+    )
+    Config.fromfile(tmp_path / "own.py", lazy_import=True).dump(tmp_path / "dumped.py")
+    assert registry.build_policy(policies_in(tmp_path / "dumped.py")).settings()["quantile"] == 0.7
+
+
+def test_the_callers_dict_stays_as_it_is():
+    given = Config(dict(policy=QUANTILE)).policy
+    InfoBatchHook(policy=given)
+    InfoBatchSampler(range(10), policy=given)
+    assert given == QUANTILE
+
+
 def test_what_a_dumped_config_names_must_be_registered(scenes: Path, tmp_path: Path):
     cfg = hooked(scenes, tmp_path, FirstHalf(0.4))
     text = Config(dict(policy=cfg.custom_hooks[0].policy)).pretty_text
@@ -110,3 +165,53 @@ def test_hook_dict_and_sampler_must_agree(scenes: Path, tmp_path: Path):
     cfg.train_dataloader.sampler = dict(type="InfoBatchSampler", policy=dict(QUANTILE, quantile=0.7))
     with pytest.raises(ValueError, match=r"InfoBatchHook has policy=.*but InfoBatchSampler has policy="):
         Runner.from_cfg(cfg).train()
+
+
+@pytest.mark.parametrize(
+    ("hook", "sampler", "message"),
+    [
+        (dict(prune_ratio=0.5), dict(policy=QUANTILE), r"prune_ratio=0\.5 and policy=dict\(prune_ratio=0\.4, \.\.\.\)"),
+        (dict(policy=QUANTILE), dict(prune_ratio=0.3), r"prune_ratio=0\.3 and policy=dict\(prune_ratio=0\.4, \.\.\.\)"),
+        (
+            dict(policy=FirstHalf(0.3)),
+            dict(policy=FirstHalf(0.4)),
+            r"share=0\.3\), but InfoBatchSampler .*share=0\.4\)",
+        ),
+        (dict(policy=FirstHalf(0.3)), dict(policy="random"), r"policy=dict\(type='first_half'.*policy='random'"),
+    ],
+    ids=["dict in the sampler", "dict in the hook", "two instances", "instance and name"],
+)
+def test_what_hook_and_sampler_say_in_different_forms_must_not_differ(
+    scenes: Path, tmp_path: Path, hook: dict[str, Any], sampler: dict[str, Any], message: str
+):
+    cfg = config(scenes, tmp_path, custom_hooks=[dict(type="InfoBatchHook", **hook)])
+    cfg.train_dataloader.sampler = dict(type="InfoBatchSampler", **sampler)
+    with pytest.raises(ValueError, match=message):
+        Runner.from_cfg(cfg).train()
+
+
+@pytest.mark.parametrize(
+    ("hook", "sampler"),
+    [
+        (dict(policy="infobatch"), dict(policy=dict(type="infobatch"), prune_ratio=0.4)),
+        (dict(policy=InfoBatchPolicy(0.4)), dict(policy=InfoBatchPolicy(0.4))),
+        (dict(policy=InfoBatchPolicy(0.4)), dict(prune_ratio=0.4)),
+        (dict(prune_ratio=0.4), dict(policy=dict(type="infobatch"))),
+    ],
+    ids=["name and dict", "two instances", "instance and ratio", "ratio and dict"],
+)
+def test_what_hook_and_sampler_say_alike_in_different_forms_is_taken(
+    scenes: Path, tmp_path: Path, hook: dict[str, Any], sampler: dict[str, Any]
+):
+    cfg = config(scenes, tmp_path, **{"train_cfg.max_iters": 12})
+    cfg.custom_hooks = [dict(type="InfoBatchHook", **hook)]
+    cfg.train_dataloader.sampler = dict(type="InfoBatchSampler", **sampler)
+    train(cfg)
+    assert '"prune_ratio": 0.4' in (tmp_path / "infobatch_summary.json").read_text()
+
+
+def test_an_argument_beside_an_instance_must_not_differ_from_it():
+    with pytest.raises(ValueError, match=r"prune_ratio=0\.5 and policy=dict\(prune_ratio=0\.3, \.\.\.\)"):
+        InfoBatchHook(prune_ratio=0.5, policy=InfoBatchPolicy(0.3))
+    InfoBatchHook(prune_ratio=0.3, policy=InfoBatchPolicy(0.3))
+    InfoBatchHook(prune_ratio=0.5, policy=FirstHalf())  # which takes none
