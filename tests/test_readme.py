@@ -1,4 +1,4 @@
-"""The README's Python snippets, run as they stand."""
+"""Python snippets of the README and the pages behind it, run as they stand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
 
 
-def snippet(heading: str) -> str:
+def snippet(heading: str, page: str = "README.md") -> str:
     """The first Python block below a heading."""
-    return re.search(rf"^### {heading}\n.*?^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    text = (ROOT / page).read_text()
+    return re.search(rf"^##+ {heading}\n.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
 
 
 def data(num_samples: int) -> TensorDataset:
@@ -82,3 +83,36 @@ def test_the_lines_in_a_diffusers_script_run(tmp_path: Path):
     exec(snippet("In a diffusers script"), names)
     assert len(bar) > 20 and (tmp_path / "out/infobatch_summary.json").exists()
     assert (tmp_path / "checkpoint").exists()
+
+
+def test_the_policy_of_your_own_is_found_in_every_form(monkeypatch: pytest.MonkeyPatch):
+    from infobatch_mm import InfoBatch
+    from infobatch_mm.core import policy_registry
+
+    monkeypatch.setattr(policy_registry, "_POLICIES", dict(policy_registry._POLICIES))
+    names: dict[str, Any] = {"__name__": "my_project.policies"}
+    exec(snippet("A policy of your own", "docs/usage.md"), names)
+    for policy in ("drop", dict(type="drop", share=0.3), names["Drop"](0.3)):
+        infobatch = InfoBatch(100, 4, policy=policy)
+        for _ in range(4):
+            for index, _ in infobatch.loader(list(range(100)), 10):
+                infobatch.weigh(torch.ones(len(index)), index)
+        assert [entry["kept"] for entry in infobatch.summary()["per_pass"]] == [70] * 4
+
+
+def test_the_lines_with_accelerate_run(tmp_path: Path):
+    accelerate = pytest.importorskip("accelerate")
+    model = torch.nn.Linear(4, 2)
+    names: dict[str, Any] = dict(
+        Accelerator=accelerate.Accelerator,
+        dataset=data(40),
+        num_epochs=3,
+        batch_size=8,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        folder=str(tmp_path),
+    )
+    from infobatch_mm import InfoBatch
+
+    exec(snippet("With accelerate", "docs/usage.md"), {**names, "InfoBatch": InfoBatch})
+    assert (tmp_path / "custom_checkpoint_0.pkl").exists()
