@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import noise_levels, rng
+from .devices import on_cpu
 from .distributed import Group, gather, world_size
 from .plan import Plan, full_plan
 from .policies import PruningPolicy
@@ -144,16 +145,16 @@ class Pruner:
         """
         if self.plan is None:
             raise ValueError("no pass is in flight: walk the sampler before weighing a batch")
-        on_cpu = indices.device.type == "cpu"
+        looks = on_cpu(indices)
         num_samples = self.schedule.num_samples
-        if on_cpu and bool((outside := (indices < 0) | (indices >= num_samples)).any()):
+        if looks and bool((outside := (indices < 0) | (indices >= num_samples)).any()):
             raise ValueError(
                 f"sample index {_first(indices, outside)} is outside the data set of {num_samples} samples"
             )
         assert self._weights is not None
         weights = self._weights(indices)
         # A look at CPU memory costs nothing; on a device it would make the step wait.
-        if on_cpu and bool((weights == 0).any()):
+        if looks and bool((weights == 0).any()):
             raise ValueError(
                 f"sample index {_first(indices, weights == 0)} is not part of pass {self.pass_index}: weigh each "
                 "batch during the pass whose sampler handed it out"

@@ -30,9 +30,8 @@ from .sizes import Sizes, checked_batch
 class InfoBatch:
     """InfoBatch for a training loop of your own.
 
-    Skips a share of the samples that the model already knows in each pass and rescales the loss of the
-    others so that the gradient stays unbiased (Qin et al., "InfoBatch: Lossless Training Speed Up by
-    Unbiased Dynamic Data Pruning", ICLR 2024).
+    Skips a share of the samples that the model already knows in each pass and rescales the loss of the others so that
+    the gradient stays unbiased (Qin et al., ICLR 2024, arXiv 2303.04947).
 
     Args:
         num_samples (int): Size of the data set, at least 1.
@@ -59,8 +58,7 @@ class InfoBatch:
         process_group (ProcessGroup, optional): The processes that share the data, where others see the same samples
             (tensor or pipeline parallelism). Defaults to all.
 
-    Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its
-    share of each pass.
+    Where ``torch.distributed`` is initialised, every process makes one with equal arguments, and takes its share.
 
     Raises:
         ValueError: If an argument is out of its range, or not the same on every process.
@@ -148,9 +146,6 @@ class InfoBatch:
                 verified; it may drop items. Defaults to torch's.
             options: As for ``torch.utils.data.DataLoader``, but sampler, shuffle and batch_sampler.
 
-        Returns:
-            PassLoader: The loader.
-
         Raises:
             ValueError: If the data set has another length or no index, the batch size does not fit the global one, or
                 an option chooses the samples.
@@ -163,9 +158,8 @@ class InfoBatch:
     def attach(self, dataset: Any) -> Dataset:
         """Wrap a map-style data set so that its items come as ``(index, item)``, for a ``DataLoader`` of your own.
 
-        Its collate function gets a list of such pairs. Give :attr:`sampler` to the ``DataLoader`` as well. Each
-        ``iter`` of it begins a pass, unless nothing was weighed since the last one; the first after a resume goes on
-        where the state stood. :meth:`loader` knows more: the end of each walk, and tails that ``drop_last`` leaves out.
+        Its collate function gets a list of such pairs. Give it :attr:`sampler` as well, of which each ``iter`` begins a
+        pass, unless nothing was weighed since the last one; the first after a resume goes on where the state stood.
 
         Raises:
             ValueError: If its length is not ``num_samples``, or if it is an iterable data set.
@@ -175,7 +169,7 @@ class InfoBatch:
 
     @property
     def sampler(self) -> Sampler[int]:
-        """The sampler to give to a ``DataLoader`` over :meth:`attach`; each ``iter`` begins a pass."""
+        """The sampler to give to a ``DataLoader`` over :meth:`attach`."""
         return self._sampler
 
     def schedule(self, scheduler: LRScheduler, interval: str = "step", every: int = 1) -> ProgressScheduler:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.devices import on_cpu
 from ..core.distributed import gather, rank, world_size
 from ..core.pruner import Pruner
 from .looks import Looks, one_loss_each
 from .sizes import Sizes
-from .walk import Walk, on_cpu
+from .walk import Walk
 
 
 class Passes:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch.utils.data import Sampler
 
+from ..core.sampler import SeededIndex
 from .walk import Walk
 
 
@@ -15,7 +16,8 @@ class WalkSampler(Sampler[int]):
     Args:
         begin (Callable[[], Walk]): Called at each ``iter``, gives the walk.
         length (Callable[[], int]): Visits of this process in the whole pass that is being walked or about to be.
-        seeds (Callable[[Walk], tuple[int, int] | None]): What seeds the items of a walk; see :meth:`Walk.visits`.
+        seeds (Callable[[Walk], tuple[int, int] | None]): Seed of the run and number of the pass, if every index is to
+            carry the seed of its item.
     """
 
     def __init__(
@@ -27,8 +29,17 @@ class WalkSampler(Sampler[int]):
         self._begin, self._length, self._seeds = begin, length, seeds
 
     def __iter__(self) -> Iterator[int]:
+        # Not a generator: a pass begins here, and not where its first index is asked for.
         walk = self._begin()
-        return walk.visits(self._seeds(walk))
+        return self._hand_out(walk, self._seeds(walk))
+
+    @staticmethod
+    def _hand_out(walk: Walk, seeds: tuple[int, int] | None) -> Iterator[int]:
+        for block, position in walk.visits():
+            for index in block.tolist():
+                walk.require_current()  # otherwise the weights of another walk would be given to these visits
+                yield index if seeds is None else SeededIndex(index, (*seeds, position))
+                position += walk.world
 
     def __len__(self) -> int:
         """Visits of this process in the whole pass.

@@ -7,10 +7,11 @@ import warnings
 from torch import Tensor
 
 from ..core.checks import whole_number
+from ..core.devices import on_cpu
 from ..core.distributed import world_size
 from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
-from .walk import Walk, on_cpu
+from .walk import Walk
 
 
 class Sizes:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.devices import on_cpu
 from ..core.pending import PendingRecords
 from ..core.plan import Plan
-from ..core.sampler import SeededIndex
 from ..core.weights import PlanWeights
 from .looks import Looks
 
@@ -39,6 +39,7 @@ class Walk:
         in_order (bool): Whether it delivers batches in the order of the plan. Defaults to True.
 
     Attributes:
+        world (int): As above.
         touched (bool): Whether anything was weighed.
         alive (bool): Whether an iterator is in the midst of it.
         spent (bool): Whether the sampler has handed out all of it to the user's loader.
@@ -61,7 +62,7 @@ class Walk:
         in_order: bool = True,
     ) -> None:
         self.plan, self.pass_index = plan, pass_index
-        self._num_samples, self._rank, self._world = num_samples, rank, world
+        self._num_samples, self._rank, self.world = num_samples, rank, world
         missing = -len(plan) % world
         indices = torch.cat([plan.indices, -1 - plan.indices[:1].repeat(missing)]) if missing else plan.indices
         self._own = indices[rank::world]
@@ -88,24 +89,12 @@ class Walk:
 
     # ---- handing out --------------------------------------------------------------------------------
 
-    def visits(self, seeds: tuple[int, int] | None = None) -> Iterator[int]:
-        """Sample indices from the start on, for a ``DataLoader``.
-
-        Args:
-            seeds (tuple[int, int], optional): Seed of the run and number of the pass, if every index is to carry the
-                seed of its item.
-
-        Raises:
-            ValueError: If another walk has begun since: its weights would be given to these visits.
-        """
+    def visits(self) -> Iterator[tuple[Tensor, int]]:
+        """What is left of this process's share: blocks of sample indices, and the position in the plan of the first."""
         position = self.start
         for block in self._own[self.start :].split(_BLOCK):
-            for index in block.tolist():
-                self.require_current()
-                if seeds is not None:
-                    index = SeededIndex(index, (*seeds, position * self._world + self._rank))
-                yield index
-                position += 1
+            yield block, position * self.world + self._rank
+            position += len(block)
         self.spent = True
 
     def require_current(self) -> None:
@@ -192,7 +181,7 @@ class Walk:
         """
         if not self._padding:
             return 1.0
-        slots = len(index) * self._world
+        slots = len(index) * self.world
         looks = (index == self._own[-1]).sum()  # more than one where a batch is seen several times
         return slots / (slots - self._padding * looks).to(torch.float32)
 
@@ -299,11 +288,6 @@ class Walk:
         is_done[done] = True
         indices = torch.cat([done, self.plan.indices[~is_done[self.plan.indices]]])
         return Plan(indices, self._weights(indices), self.plan.pruned, self.plan.threshold)
-
-
-def on_cpu(index: Tensor) -> bool:
-    """Whether a look at it costs nothing."""
-    return index.device.type == "cpu"
 
 
 def _real(index: Tensor) -> Tensor:
