@@ -114,5 +114,5 @@ def test_the_lines_with_accelerate_run(tmp_path: Path):
     )
     from infobatch_mm import InfoBatch
 
-    exec(snippet("With accelerate", "docs/usage.md"), {**names, "InfoBatch": InfoBatch})
+    exec(snippet("With accelerate", "docs/usage.md"), {**names, "InfoBatch": InfoBatch, "OneCycleLR": OneCycleLR})
     assert (tmp_path / "custom_checkpoint_0.pkl").exists()

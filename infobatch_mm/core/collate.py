@@ -150,8 +150,9 @@ class IndexedCollate:
             wrong = trial.mixed([column for column in whole if column not in steady], start, place)
         if wrong:
             raise ValueError(
-                f"the collate function {_name(self.collate_fn)} reorders or mixes its samples (seen in {wrong[0]}), so "
-                f"that weights and scores would go to the wrong ones: {_WAY_OUT}"
+                f"the collate function {_name(self.collate_fn)} reorders or mixes its samples (seen at {wrong[0]} of "
+                "what it returns), so that weights and scores would go to the wrong ones: sort in the loop, together "
+                f"with the index; or {_WAY_OUT}"
             )
         # Once proven, rows that happen to be random in one batch take nothing back; but some may stand in for no item.
         if not steady and (not known or any(item is None for item in bare)):

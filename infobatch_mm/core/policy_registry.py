@@ -106,6 +106,14 @@ def build_policy(
     name = getattr(cls, "name", cls.__qualname__)
     parameters, open_ended = _arguments(cls)
     defaults = dict(prune_ratio=prune_ratio, delta=delta, quantile=quantile)
+    # What differs from its default was meant.
+    for key, usual in (("prune_ratio", 0.5), ("delta", 0.875)):
+        if defaults[key] not in (usual, given.get(key, defaults[key])):
+            raise ValueError(
+                f"{key}={defaults[key]!r} and policy=dict({key}={given[key]!r}, ...): set it in one of them"
+            )
+        if defaults[key] != usual and key not in parameters and not cls.__module__.startswith("infobatch_mm."):
+            raise ValueError(f"policy {name!r} takes no {key}: its arguments are {list(parameters)}")
     taken = {key: value for key, value in defaults.items() if key in parameters and value is not None}
     if unknown := [] if open_ended else [key for key in given if key not in parameters]:
         raise ValueError(f"policy {name!r} takes no {unknown[0]}: its arguments are {list(parameters)}")
@@ -193,6 +201,11 @@ def _checked(policy: PruningPolicy) -> PruningPolicy:
     if _is_ours(policy):
         return policy
     name, settings = _checked_name(type(policy)), policy.settings()
+    if type(policy).settings is PruningPolicy.settings and (taken := _arguments(type(policy))[0]):
+        raise ValueError(
+            f"policy {name!r} ({type(policy).__qualname__}) has arguments {list(taken)} and no settings() of its own: "
+            "return them there, with its name under 'policy', so that a run is not resumed with others"
+        )
     try:
         json.dumps(settings)
     except (TypeError, ValueError):

@@ -91,8 +91,17 @@ class PassLoader:
         )
 
     def __len__(self) -> int:
-        """Batches of the pass that is being walked or about to be; before the first walk, of an unpruned pass."""
-        return self._full_length if self._walk is None else self._batches(self._passes.share())
+        """Batches of the walk in hand, or of the coming one; after a resume, of the rest of the pass.
+
+        Before the first walk of a new training, of an unpruned pass, by which schedules are sized.
+        """
+        passes = self._passes
+        if passes.is_new:
+            return self._full_length
+        walk = passes.walk
+        if walk is not None and walk.alive:
+            return self._batches(walk.end - walk.start)
+        return self._batches(passes.share() - passes.pruner.visited // passes.world)
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: the pass is known. Present because scripts call it."""

@@ -95,6 +95,11 @@ class Passes:
             )
 
     @property
+    def is_new(self) -> bool:
+        """Whether nothing was walked, nor a state loaded."""
+        return self.walk is None and self.pruner.pass_index == 0 and self.pruner.visited == 0
+
+    @property
     def is_amid(self) -> bool:
         """Whether an iterator of our loader is in the midst of a walk: another one may only look, or takes it over."""
         walk = self.walk
@@ -212,11 +217,12 @@ class Passes:
         self._skipped_before = 0
         if entry["skipped"] and not self._is_warned_of_skips and rank(pruner.group) == 0:
             self._is_warned_of_skips = True
+            again = ", or has the loader been shared out among processes once more, as by accelerator.prepare"
             warnings.warn(
-                f"{entry['skipped']} visits of pass {entry['pass']} were handed out and not weighed; they are booked "
-                "as skipped. If no batch was meant to be skipped: weigh every one, and let nobody share the loader "
-                "out among processes once more (leave it out of accelerator.prepare)",
-                stacklevel=2,
+                f"{entry['skipped']} visits of pass {entry['pass']} were handed out and not weighed, and are booked as "
+                "skipped (visits_skipped in the summary; this is said once). Were batches left out on purpose"
+                f"{'' if walk.batch else again}?",
+                stacklevel=3,
             )
 
     def merge(self) -> None:

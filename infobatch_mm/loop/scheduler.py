@@ -56,11 +56,40 @@ class ProgressScheduler:
             )
 
     def step(self) -> None:
-        """Move on to where the progress stands; sometimes by several steps, sometimes by none."""
+        """Move on to where the progress stands; sometimes by several steps, sometimes by none.
+
+        Raises:
+            ValueError: If it is called in another rhythm than ``interval`` and ``every`` say.
+        """
+        if self._passes.walk is not self._walk:
+            self._check_rhythm()
+            self._walk, self._calls = self._passes.walk, 0
+        self._calls += 1
         self._move_to(self._steps_due() if self._interval == "step" else self._passes_due())
+
+    def _check_rhythm(self) -> None:
+        """Refuse calls once an epoch where they were to be once a step, and the other way round."""
+        walk = self._walk
+        if walk is None or not walk.touched:
+            return
+        if self._interval == "epoch" and self._calls > 1:
+            raise ValueError(
+                f"step() was called {self._calls} times in pass {walk.pass_index}: a schedule with interval='epoch' is "
+                "stepped once, after each epoch; for one call after each optimiser step use interval='step'"
+            )
+        batches = walk.weighed // (walk.batch or self._passes.sizes.batch_size or 1)
+        if self._interval == "step" and batches >= 4 * self._every and 5 * self._calls * self._every <= 3 * batches:
+            raise ValueError(
+                f"step() was called {self._calls} times in pass {walk.pass_index}, in which {batches} batches were "
+                f"weighed: with interval='step' and every={self._every} it is called after each optimiser step, of "
+                f"{self._every} batches; use interval='epoch' for one call after each epoch, or every=N where "
+                "gradients are accumulated over N batches"
+            )
 
     def begin_pass(self, pass_index: int) -> None:
         """Make up for what was not stepped before a pass: skipped batches, or an epoch whose end a kill cut off."""
+        if self._calls and self._passes.walk is not self._walk:
+            self._check_rhythm()
         if self._interval == "step":
             pass_index *= self._per_pass
         if pass_index > self.scheduler.last_epoch:
@@ -88,11 +117,9 @@ class ProgressScheduler:
         per_pass = self._per_pass
         if walk is None or walk.pass_index >= schedule.num_passes:
             return min(passes.pruner.pass_index, schedule.num_passes) * per_pass
-        if walk is not self._walk:
-            self._walk, self._calls = walk, -(-walk.start // batch) // self._every
         whole = self._updates(-(-walk.end // batch))
-        self._calls = min(self._calls + 1, whole)
-        return walk.pass_index * per_pass + per_pass * self._calls // max(1, whole)
+        done = min(-(-walk.start // batch) // self._every + self._calls, whole)
+        return walk.pass_index * per_pass + per_pass * done // max(1, whole)
 
     @property
     def _per_pass(self) -> int:

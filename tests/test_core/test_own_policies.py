@@ -93,7 +93,7 @@ class Nameless(Handed):
 def test_a_registered_policy_is_found_by_name_and_by_dict():
     assert register_policy(Half) is Half
     assert isinstance(build_policy("half", 0.3), Half) and build_policy("half", 0.3).prune_ratio == 0.3
-    built = build_policy({"type": "half", "prune_ratio": 0.7, "sorted_by": "name", "anything": 1}, 0.3)
+    built = build_policy({"type": "half", "prune_ratio": 0.7, "sorted_by": "name", "anything": 1}, 0.7)
     assert (built.prune_ratio, built.sorted_by, built.more) == (0.7, "name", {"anything": 1})
     infobatch = InfoBatch(8, 3, policy=dict(type="half", sorted_by="name"))
     assert infobatch.summary()["policy"] == "half"
@@ -116,7 +116,7 @@ def test_a_training_on_accelerate_takes_a_dict_too():
 
 
 def test_ours_are_found_by_dict_with_arguments_beside_it_as_defaults():
-    built = build_policy(dict(type="infobatch", quantile=0.76, delta=0.6), 0.3, 0.9)
+    built = build_policy(dict(type="infobatch", quantile=0.76, delta=0.6), 0.3)
     assert built.settings() == {"policy": "infobatch", "prune_ratio": 0.3, "delta": 0.6, "quantile": 0.76}
     assert isinstance(build_policy(dict(type="random", prune_ratio=0.2)), RandomPolicy)
     assert isinstance(build_policy(dict(type="none")), NoPruning)
@@ -327,3 +327,30 @@ def test_no_weight_exceeds_twice_the_nominal_one(prune_ratio: float):
 def test_one_of_a_thousand_is_not_made_to_stand_for_all():
     assert kept_count(1000, 1023, 0.5, 1024) == 1000  # one would divide
     assert kept_count(1000, 524, 0.5, 1024) == 500
+
+
+# ---- nothing that was said is lost --------------------------------------------------------------------------
+
+
+def test_a_ratio_beside_a_policy_that_says_otherwise_or_takes_none_is_refused():
+    with pytest.raises(ValueError, match=r"prune_ratio=0.3 and policy=dict\(prune_ratio=0.4, ...\): set it in one"):
+        build_policy(dict(type="infobatch", prune_ratio=0.4), 0.3)
+    with pytest.raises(ValueError, match=r"delta=0.9 and policy=dict\(delta=0.6, ...\): set it in one"):
+        build_policy(dict(type="infobatch", delta=0.6), 0.5, 0.9)
+    register_policy(Strict)
+    with pytest.raises(ValueError, match="policy 'strict' takes no delta: its arguments are"):
+        build_policy(dict(type="strict", share=0.2), 0.5, 0.3)
+    assert isinstance(build_policy("none", 0.3, 0.6), NoPruning)
+
+
+def test_a_policy_with_arguments_tells_them():
+    class Silent(PruningPolicy):
+        name = "silent"
+
+        def __init__(self, share: float = 0.5) -> None:
+            self.share = share
+
+        is_active, draw = Half.is_active, Half.draw
+
+    with pytest.raises(ValueError, match=r"'silent' .* has arguments \['share'\] and no settings\(\) of its own"):
+        build_policy(Silent())

@@ -611,7 +611,27 @@ def test_len_neither_ends_nor_starts_anything(workers: dict[str, Any]):
         assert passes_done(infobatch) == epoch + 1
 
 
-def test_len_after_resuming_midway_is_that_of_the_whole_pass():
+@OUR_LOADERS
+def test_len_after_resuming_midway_is_of_the_rest_and_of_the_whole_from_then_on(workers: dict[str, Any]):
+    infobatch, loader = build(31, 4, workers)
+    assert len(loader) == 8
+    train(infobatch, loader, 0)
+    whole = len(loader)
+    train(infobatch, loader, 1, batches=2)
+    resumed, resumed_loader = build(31, 4, workers)
+    resumed.load_state_dict(through_a_file(infobatch.state_dict()))
+    assert len(resumed_loader) == whole - 2
+    walked = 0
+    for index, _ in resumed_loader:
+        walked += 1
+        assert len(resumed_loader) == whole - 2
+        resumed.weigh(losses_of(index, 1), index)
+    assert walked == whole - 2
+    coming = len(resumed_loader)
+    assert len(list(resumed_loader)) == coming
+
+
+def test_len_of_a_users_loader_after_resuming_midway_is_that_of_the_whole_pass():
     infobatch, loader = build(31, 4)
     train(infobatch, loader, 0)
     whole = len(loader)

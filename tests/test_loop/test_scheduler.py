@@ -207,3 +207,35 @@ def test_what_cannot_follow_the_progress_is_refused():
         infobatch.schedule(ChainedScheduler([StepLR(optimizer, 1)]))
     with pytest.raises(ValueError, match="every=0 is below 1"):
         infobatch.schedule(StepLR(optimizer, 1), every=0)
+
+
+def test_a_schedule_that_is_stepped_in_another_rhythm_is_refused_in_the_second_pass():
+    run = Run(BY_EPOCH["MultiStepLR"], "step")
+    with pytest.raises(ValueError, match=r"called 1 times in pass 0, in which 15 batches .* interval='epoch'"):
+        for _ in range(EPOCHS):
+            for index, _ in run.loader:
+                run.infobatch.weigh(index.float(), index)
+            run.scheduler.step()
+    run = Run(BY_STEP["CosineAnnealingLR"], "step")
+    with pytest.raises(ValueError, match=r"called 8 times in pass 0, in which 15 batches .* every=N"):
+        for _ in range(EPOCHS):
+            for i, (index, _) in enumerate(run.loader, 1):
+                run.infobatch.weigh(index.float(), index)
+                if i % 2 == 0 or i == len(run.loader):
+                    run.scheduler.step()
+    run = Run(BY_EPOCH["MultiStepLR"], "epoch")
+    with pytest.raises(ValueError, match="called 16 times in pass 0: a schedule with interval='epoch'"):
+        for _ in range(EPOCHS):
+            for index, _ in run.loader:
+                run.infobatch.weigh(index.float(), index)
+                run.scheduler.step()
+
+
+def test_a_few_batches_may_be_skipped_with_their_steps():
+    run = Run(BY_STEP["CosineAnnealingLR"], "step")
+    for _ in range(3):
+        for i, (index, _) in enumerate(run.loader):
+            run.infobatch.weigh(index.float(), index)
+            if i % 4:  # as where gradients overflowed
+                run.scheduler.step()
+    assert run.scheduler.last_epoch > 2 * 16
