@@ -27,7 +27,7 @@ from infobatch_mm.core import EpochSchedule, IterSchedule, Pruner, Schedule, bui
 PROCESSES = 4
 #: World size and first process of each group; process 3 is alone while the others are three.
 GROUPS = [(4, 0), (3, 0), (1, 3), (2, 0)]
-DRAWN = {1: 60, 2: 150, 3: 120, 4: 100}
+DRAWN = {1: 40, 2: 100, 3: 60, 4: 60}
 KINDS = ["core", "epochs", "iterations"]
 LOSSES = ["mixed", "mixed", "skewed", "few low", "negative", "some nan", "never", "equal", "all nan"]
 #: Not "fork": CPython 3.11 can lock up in a child that is forked while a thread of gloo enters the interpreter.

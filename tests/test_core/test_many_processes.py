@@ -184,7 +184,7 @@ def all_passes(cases: list[Case], journals: Journals) -> Iterator[Pass]:
 
 def test_there_are_many_cases_and_they_reach_the_corners(journals: Journals):
     pytest.importorskip("mmengine")
-    assert len(CASES) == len(journals) >= 500
+    assert len(CASES) == len(journals) >= 350
     reached: Counter[str] = Counter()
     for single in all_passes(CASES, journals):
         case = single.case
@@ -206,7 +206,7 @@ def test_there_are_many_cases_and_they_reach_the_corners(journals: Journals):
         reached["our loader"] += case.ours and single.pruned
         reached["our loader drops a tail"] += case.ours and case.drop_last and len(single.real_visits()) < single.visits
     assert min(reached.values()) >= 3, reached
-    assert reached["pruned in several processes"] > 300, reached
+    assert reached["pruned in several processes"] > 200, reached
 
 
 # ---- which samples ------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_what_iteration_loops_leave_out_of_full_passes_is_random(journals: Journ
                 left_out = set(range(num_samples)) - set(single.real_visits())
                 assert len(left_out) == num_samples % single.case.global_batch, single.where
                 places += [(index + 0.5) / num_samples for index in left_out]
-        assert len(places) > 150
+        assert len(places) > 90
         assert sum(places) / len(places) == pytest.approx(0.5, abs=0.1)
 
 

@@ -328,6 +328,7 @@ def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(demo: Demo, pru
     assert {**books, "wall_time_s": 0} == {**others, "wall_time_s": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_killed_and_resumed_end_with_the_same_bits(demo: Demo, tmp_path: Path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -18,7 +18,7 @@ from infobatch_mm import InfoBatch
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 
 EPOCHS = 5
-CASES = 36
+CASES = 24
 DEEDS = ["weigh", "weigh", "weigh", "skip", "short", "split", "views", "twice", "nan", "merge", "peek"]
 
 

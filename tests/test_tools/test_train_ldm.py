@@ -280,7 +280,8 @@ def start(argv: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("policy", ["infobatch", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
 def test_a_killed_run_goes_on_to_the_same_weights(material: Path, tmp_path: Path, policy: str) -> None:
     options = dict(policy=policy, checkpointing_steps=3, num_epochs=40, cache_latents=True, random_flip=True)
     options |= dict(center_crop=True, latents_dir=tmp_path / "latents")
