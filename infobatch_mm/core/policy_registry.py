@@ -140,7 +140,7 @@ def check_drawn(plan: Any, policy: PruningPolicy, num_samples: int, multiple_of:
     Raises:
         ValueError: With the policy, what was found, and what was expected.
     """
-    if plan is None or _is_ours(policy):
+    if plan is None or is_ours(policy):
         return
     if (fault := _fault(plan, num_samples, multiple_of)) is not None:
         raise ValueError(
@@ -192,13 +192,14 @@ def _described(value: Any) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}{where}{' with a gradient' if value.requires_grad else ''}"
 
 
-def _is_ours(policy: PruningPolicy) -> bool:
+def is_ours(policy: PruningPolicy) -> bool:
+    """Whether a policy is of this package, and not of a user's."""
     return type(policy).__module__.startswith("infobatch_mm.")
 
 
 def _checked(policy: PruningPolicy) -> PruningPolicy:
     """A policy whose name and settings go into checkpoints, JSON and configs: found out now, not at the end."""
-    if _is_ours(policy):
+    if is_ours(policy):
         return policy
     name, settings = _checked_name(type(policy)), policy.settings()
     if type(policy).settings is PruningPolicy.settings and (taken := _arguments(type(policy))[0]):

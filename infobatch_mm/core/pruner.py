@@ -15,7 +15,7 @@ from .devices import on_cpu
 from .distributed import Group, gather, world_size
 from .plan import Plan, full_plan
 from .policies import PruningPolicy
-from .policy_registry import check_drawn
+from .policy_registry import check_drawn, is_ours
 from .schedule import Schedule
 from .scores import ScoreStore
 from .weights import PlanWeights
@@ -121,7 +121,10 @@ class Pruner:
             generator = rng.generator(self.seed, self.pass_index)
             plan = None
             if self.is_active:
-                plan = self.policy.draw(self.store.values, self.store.seen, generator, self.schedule.batch_size)
+                scores, seen = self.store.values, self.store.seen
+                if not is_ours(self.policy):  # which may write into what it is given
+                    scores, seen = scores.clone(), seen.clone()
+                plan = self.policy.draw(scores, seen, generator, self.schedule.batch_size)
                 check_drawn(plan, self.policy, self.schedule.num_samples, self.schedule.batch_size)
             if plan is None:
                 plan = full_plan(self.schedule.num_samples, generator)
@@ -254,6 +257,10 @@ class Pruner:
 
     def _stand_at_begin(self) -> None:
         self.visited = self._skipped = self.own_skipped = 0
+
+    def take_plan(self, plan: Plan) -> None:
+        """Go on with the visits of the plan in flight in another order."""
+        self._set_plan(plan)
 
     def reschedule(self, schedule: Schedule) -> None:
         """Take another schedule of the same kind, for what a host says only later.

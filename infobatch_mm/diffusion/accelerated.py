@@ -134,6 +134,7 @@ class AcceleratedInfoBatch:
         self._schedulers: list[PassScheduler] = []
         self._walks = 0
         self._touched = False  # whether anything was weighed in the walk in hand
+        self._begun: tuple[int, int] | None = None  # pass and position where it began
         self._in_hand: _Batch | None = None
         self._late: list[tuple[_Batch, Tensor, Tensor | None]] = []
         self._loss: Tensor | None = None
@@ -143,7 +144,8 @@ class AcceleratedInfoBatch:
         self._time_before = 0.0
         self._started = time.perf_counter()
         for earlier in [each for each in accelerator._custom_objects if isinstance(each, AcceleratedInfoBatch)]:
-            earlier._detach()  # of an attempt with another batch size, as find_executable_batch_size makes
+            if _alike(earlier._dataloader.dataset, dataloader.dataset):
+                earlier._detach()  # of an attempt with another batch size, as find_executable_batch_size makes
         accelerator.register_for_checkpointing(self)
         self._hooks = [
             accelerator.register_load_state_pre_hook(self._check_checkpoint),
@@ -362,7 +364,7 @@ class AcceleratedInfoBatch:
         self._nonfinite_known = self._pruner.store.num_nonfinite
         self._time_before = float(state["wall_time_s"])
         self._started = time.perf_counter()
-        self._in_hand, self._touched, self._late = None, False, []
+        self._in_hand, self._touched, self._late, self._begun = None, False, [], None
 
     def _check_checkpoint(self, models: Any, input_dir: str) -> None:
         """Refuse a checkpoint that this run cannot go on from before accelerate loads half of it."""
@@ -413,7 +415,11 @@ class AcceleratedInfoBatch:
         if not self._keeps_order:
             self._pruner.begin_pass()
         self._settle_late()  # only now: on no process may they change the plan
-        current, start = self._pruner.pass_index, self._pruner.visited
+        current = self._pruner.pass_index
+        if self._begun is not None and self._begun[0] == current:  # of the walk before nothing was weighed
+            self._pruner.visited, self._pruner.own_skipped = self._begun[1], 0
+        start = self._pruner.visited
+        self._begun = (current, start)
         done = self._batches_done
         # A host's own order begins anew, or where its seedable sampler was, and is skipped through.
         prepared.set_epoch(self._pruner.pass_index)  # type: ignore[attr-defined]
@@ -629,6 +635,11 @@ def _check_accelerator(accelerator: Accelerator) -> None:
             f"accelerate shares the data among {accelerator.num_processes} processes, torch.distributed knows "
             f"{world_size()}: pruning needs data parallelism alone, with the process group of the Accelerator"
         )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two data sets may be one that was made twice."""
+    return one is other or (type(one) is type(other) and len(one) == len(other))
 
 
 def _steps_by_update(scheduler: Any) -> bool:

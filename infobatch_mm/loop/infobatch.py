@@ -134,8 +134,8 @@ class InfoBatch:
     ) -> PassLoader:
         """A loader of ``(index, batch)``, of which each walk is one pass.
 
-        Give ``index`` to :meth:`weigh` as it comes, on the CPU. What ``break``, ``continue`` or an exception leaves of
-        a walk is not made up for: the next walk is a new pass. A walk of which nothing is weighed counts for nothing.
+        Give ``index`` to :meth:`weigh` as it comes, on the CPU. After a ``break`` the next walk is a new pass. A walk of
+        which nothing is weighed counts for nothing.
 
         Args:
             dataset: A map-style data set of ``num_samples`` samples.
@@ -172,7 +172,9 @@ class InfoBatch:
         """The sampler to give to a ``DataLoader`` over :meth:`attach`."""
         return self._sampler
 
-    def schedule(self, scheduler: LRScheduler, interval: str = "step", every: int = 1) -> ProgressScheduler:
+    def schedule(
+        self, scheduler: LRScheduler, interval: str = "step", every: int = 1, partial: bool = True
+    ) -> ProgressScheduler:
         """Step a learning-rate schedule of torch by progress: a pruned pass takes it as far as a full one.
 
         Args:
@@ -181,6 +183,7 @@ class InfoBatch:
             interval (str): ``'step'``, if its ``step()`` is called after every optimiser step; ``'epoch'``, if it is
                 called after every epoch. Defaults to ``'step'``.
             every (int): Batches to an optimiser step, where gradients are accumulated. Defaults to 1.
+            partial (bool): Whether fewer batches at the end of a pass make a step as well. Defaults to True.
 
         Returns:
             ProgressScheduler: Call its ``step()`` in the scheduler's place; everything else is the scheduler's own.
@@ -188,7 +191,7 @@ class InfoBatch:
         Raises:
             ValueError: If the schedule cannot follow the progress, or an argument is none of these.
         """
-        return ProgressScheduler(self._passes, scheduler, interval, every)
+        return ProgressScheduler(self._passes, scheduler, interval, every, partial)
 
     # ---- a step -------------------------------------------------------------------------------------
 
@@ -273,7 +276,8 @@ class InfoBatch:
         is_over = self._passes.locate()
         walk = self._passes.walk
         plan = None if walk is None or walk.finished else walk.rearranged()
-        whole = {"is_over": is_over, "full_batches": self._passes.sizes.full_batches}
+        sizes = self._passes.sizes
+        whole = {"is_over": is_over, "full_batches": None if sizes.batch_size is None else sizes.full_batches}
         return {**self._pruner.state_dict(plan), **self._identity, **whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
+from ..core import rng
 from ..core.collate import IndexedCollate
 from ..core.loader import IndexedItems
 from .passes import Passes
@@ -113,10 +114,20 @@ class PassLoader:
             yield self._loader.collate_fn(self._items.__getitems__(passes.walk.next_batch()))
         walk = passes.begin(self.batch_size, self.drop_last, self.in_order)
         self._walk, walk.alive = walk, True
+        # A DataLoader draws the seed of its workers from the global generator: once a pass, not again on a resume.
+        generator = self._loader.generator
+        if walk.start and generator is None:
+            self._loader.generator = rng.generator(passes.pruner.seed, walk.pass_index, walk.start)
         try:
-            for index, batch in self._loader:
+            batches = iter(self._loader)
+        finally:
+            self._loader.generator = generator
+        try:
+            for index, batch in batches:
                 walk.hand_out(index)
                 yield index, batch
+                if walk.stale and walk.is_handed_out:
+                    return  # another walk has begun the next pass already
                 walk.require_current()
             passes.end(walk)
         finally:

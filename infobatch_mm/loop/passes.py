@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ class Passes:
         sizes (Sizes): As above.
         world (int): Number of processes that share the data.
         walk (Walk, optional): The walk begun last.
-        schedulers (list[Callable]): Called with the number of each pass that begins.
+        is_resumed (bool): Whether a state was loaded.
+        schedulers (WeakSet[ProgressScheduler]): What is to be told of each pass that begins.
     """
 
     def __init__(self, pruner: Pruner, sizes: Sizes) -> None:
@@ -43,8 +45,10 @@ class Passes:
         self._late: list[tuple[Walk, Looks, bool]] = []
         self._skipped_before = 0  # on this process, in the pass in hand, before the walk in hand
         self._idle = 0
-        self._is_warned_of_skips = False
-        self.schedulers: list[Callable[[int], None]] = []
+        self._is_warned_of_skips = self._is_warned_of_again = False
+        self._again = 0
+        self.is_resumed = False
+        self.schedulers: WeakSet[Any] = WeakSet()  # one that was replaced is not to go on stepping
 
     # ---- walks ----------------------------------------------------------------------------------------
 
@@ -66,10 +70,12 @@ class Passes:
             )
         last, pruner = self.walk, self.pruner
         self._take_down()
+        self._again = 0
         if last is not None and not last.finished:
             if self.is_amid:
                 self.locate()
                 self._skipped_before = pruner.own_skipped
+                pruner.take_plan(last.rearranged())
             elif last.touched or last.has_nothing_to_weigh:
                 self.finish()
             else:
@@ -80,8 +86,8 @@ class Passes:
         where = (pruner.pass_index, rank(pruner.group), self.world, pruner.visited)
         self.walk = Walk(plan, num_samples, *where, batch, drop_last, in_order)
         self._settle_late()  # only now: on no process may they change the plan
-        for begin_pass in self.schedulers:
-            begin_pass(min(pruner.pass_index, pruner.schedule.num_passes))
+        for scheduler in self.schedulers:
+            scheduler.begin_pass(min(pruner.pass_index, pruner.schedule.num_passes), last)
         return self.walk
 
     def _count_idle(self, walk: Walk) -> None:
@@ -103,16 +109,20 @@ class Passes:
     def is_amid(self) -> bool:
         """Whether an iterator of our loader is in the midst of a walk: another one may only look, or takes it over."""
         walk = self.walk
-        return walk is not None and walk.alive and walk.touched and not walk.finished
+        return walk is not None and walk.alive and walk.touched and not walk.finished and not walk.is_handed_out
 
     def end(self, walk: Walk) -> None:
-        """The iterator of a walk is exhausted: its pass is over, if anything was weighed."""
-        if walk is self.walk and walk.touched and not walk.finished:
+        """The iterator of a walk is exhausted: its pass is over, if anything was weighed.
+
+        The rest of a resumed pass is over in any case: where its batches are always skipped, no pass would follow.
+        """
+        if walk is self.walk and (walk.touched or walk.start > 0) and not walk.finished:
             self.finish()
 
     def forget(self) -> None:
         """Leave the walk in hand, and what was weighed in it, for a state that is being loaded."""
         self._leave()
+        self.is_resumed = True
         self._before = None
         self._late = []
         self._skipped_before = 0
@@ -171,6 +181,18 @@ class Passes:
         pruner.record(torch.from_numpy(counting.index), counting.losses, log_snr=counting.level)
         if walk.finished:
             pruner.correct(walk.pass_index, int(fresh.sum()))
+            self._count_again(walk, int((~fresh).sum()))
+
+    def _count_again(self, walk: Walk, visits: int) -> None:
+        """Say so if a pass that is over is weighed again: who keeps its batches never begins another."""
+        self._again = visits and self._again + visits
+        if self._again > len(walk) > 0 and not self._is_warned_of_again:
+            self._is_warned_of_again = True
+            warnings.warn(
+                f"batches of pass {walk.pass_index}, which is over, are weighed once more, as by itertools.cycle: walk "
+                "the loader for each pass, otherwise nothing is pruned and no pass is done",
+                stacklevel=4,
+            )
 
     # ---- books ----------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ class ProgressScheduler:
         scheduler (LRScheduler): Made for the unpruned training.
         interval (str): ``'step'`` or ``'epoch'``: when :meth:`step` is called.
         every (int): Batches to an optimiser step.
+        partial (bool): Whether fewer batches at the end of a pass make a step as well.
 
     Attributes:
         scheduler (LRScheduler): As above.
@@ -32,7 +33,7 @@ class ProgressScheduler:
         ValueError: As :meth:`.InfoBatch.schedule` describes.
     """
 
-    def __init__(self, passes: Passes, scheduler: LRScheduler, interval: str, every: int) -> None:
+    def __init__(self, passes: Passes, scheduler: LRScheduler, interval: str, every: int, partial: bool) -> None:
         if interval not in ("step", "epoch"):
             raise ValueError(f"interval={interval!r} is neither 'step' nor 'epoch': when is step() called?")
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -42,13 +43,20 @@ class ProgressScheduler:
                 f"a {type(scheduler).__name__} does not say how many steps it has taken, and cannot follow the "
                 "progress: use a SequentialLR or a LambdaLR in its place"
             )
+        if scheduler.last_epoch > 0 and passes.is_new:
+            raise ValueError(
+                f"the {type(scheduler).__name__} has taken {scheduler.last_epoch} steps already, the training none: "
+                "hand it over at its begin, and load its state after infobatch.schedule()"
+            )
         self.scheduler = scheduler
         self._passes = passes
         self._interval = interval
         self._every = whole_number("every", every, 1, "it is the number of batches to an optimiser step")
-        self._walk: Walk | None = None
+        self._partial = bool(partial)
+        self._walk: Walk | None = passes.walk  # the one that steps are counted in
         self._calls = 0
-        passes.schedulers.append(self.begin_pass)
+        self._is_used = False
+        passes.schedulers.add(self)
         if interval == "step" and passes.sizes.batch_size is None:
             raise ValueError(
                 "a schedule by steps needs to know the batches of a pass: make infobatch.loader() first, or give "
@@ -61,41 +69,55 @@ class ProgressScheduler:
         Raises:
             ValueError: If it is called in another rhythm than ``interval`` and ``every`` say.
         """
-        if self._passes.walk is not self._walk:
-            self._check_rhythm()
-            self._walk, self._calls = self._passes.walk, 0
+        self._is_used = True
         self._calls += 1
         self._move_to(self._steps_due() if self._interval == "step" else self._passes_due())
 
-    def _check_rhythm(self) -> None:
+    def _check_rhythm(self, walk: Walk) -> None:
         """Refuse calls once an epoch where they were to be once a step, and the other way round."""
-        walk = self._walk
-        if walk is None or not walk.touched:
+        if self._interval == "epoch":
+            if self._calls != 1:
+                raise ValueError(
+                    f"step() was called {self._calls} times in pass {walk.pass_index}: a schedule with "
+                    "interval='epoch' is stepped once, after every epoch from the first on; for one call after each "
+                    "optimiser step use interval='step'"
+                )
             return
-        if self._interval == "epoch" and self._calls > 1:
-            raise ValueError(
-                f"step() was called {self._calls} times in pass {walk.pass_index}: a schedule with interval='epoch' is "
-                "stepped once, after each epoch; for one call after each optimiser step use interval='step'"
-            )
         batches = walk.weighed // (walk.batch or self._passes.sizes.batch_size or 1)
-        if self._interval == "step" and batches >= 4 * self._every and 5 * self._calls * self._every <= 3 * batches:
+        if batches >= 4 * self._every and 5 * self._calls * self._every <= 3 * batches:
             raise ValueError(
                 f"step() was called {self._calls} times in pass {walk.pass_index}, in which {batches} batches were "
                 f"weighed: with interval='step' and every={self._every} it is called after each optimiser step, of "
                 f"{self._every} batches; use interval='epoch' for one call after each epoch, or every=N where "
                 "gradients are accumulated over N batches"
             )
+        if self._partial and batches % self._every and self._calls == batches // self._every:
+            raise ValueError(
+                f"step() was called {self._calls} times in pass {walk.pass_index}, in which {batches} batches were "
+                f"weighed: with every={self._every} the last {batches % self._every} make a step of their own; if your "
+                "loop makes none of them, say infobatch.schedule(..., partial=False)"
+            )
 
-    def begin_pass(self, pass_index: int) -> None:
-        """Make up for what was not stepped before a pass: skipped batches, or an epoch whose end a kill cut off."""
-        if self._calls and self._passes.walk is not self._walk:
-            self._check_rhythm()
+    def begin_pass(self, pass_index: int, last: Walk | None) -> None:
+        """Make up for what was not stepped before a pass: skipped batches, or an epoch whose end a kill cut off.
+
+        Args:
+            pass_index (int): Passes that are done, up to the end of the schedule.
+            last (Walk, optional): The walk before.
+
+        Raises:
+            ValueError: If the scheduler was called in another rhythm there than ``interval`` and ``every`` say.
+        """
+        if not self._is_used and not self._passes.is_resumed:
+            return  # nobody has called it so far
+        if last is not None and last is not self._walk and last.finished and last.pass_index < pass_index:
+            self._check_rhythm(last)
+        if last is None or last.finished:
+            self._walk, self._calls = None, 0
         if self._interval == "step":
             pass_index *= self._per_pass
         if pass_index > self.scheduler.last_epoch:
-            with (
-                warnings.catch_warnings()
-            ):  # torch takes a resumed optimizer, which has made no step here, for a new one
+            with warnings.catch_warnings():  # torch takes a resumed optimizer for a new one
                 warnings.simplefilter("ignore")
                 self._move_to(pass_index)
 
@@ -133,7 +155,7 @@ class ProgressScheduler:
         return min(done, pruner.schedule.num_passes)
 
     def _updates(self, batches: int) -> int:
-        return -(-batches // self._every)
+        return -(-batches // self._every) if self._partial else batches // self._every
 
     def __getattr__(self, name: str) -> Any:
         if name == "scheduler":  # unpickling asks before there is anything to ask

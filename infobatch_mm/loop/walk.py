@@ -119,9 +119,11 @@ class Walk:
         self._status[where] = np.maximum(self._status[where], _HANDED_OUT)
 
     def next_batch(self) -> list[int]:
-        """Indices of the batch that will be delivered next, or of the last one, only to look at."""
-        first = min(self.start + self._handed_out, max(self.start, self.end - (self.batch or 1)))
-        planned = self._own[first : first + (self.batch or 1)]
+        """Indices of the batch that will be delivered next, only to look at."""
+        rest = self._own[self.start + self._handed_out : self.end]
+        if self._delivered is not None:
+            rest = self._own[self._status[_real(self._own).numpy()] == _PLANNED]
+        planned = rest[: self.batch]
         where = _real(planned).numpy()
         self._status[where] = np.maximum(self._status[where], _HANDED_OUT)
         return planned.tolist()
@@ -239,15 +241,18 @@ class Walk:
         if self._filled:
             return len(self._own)
         if self._delivered is not None:
-            kept = [bool((self._status[batch.numpy()] == _WEIGHED).any()) for batch in self._delivered]
-            last = max((i for i, weighed in enumerate(kept) if weighed), default=-1)
-            return self.start + sum(len(batch) for batch in self._delivered[: last + 1])
+            return self.start + len(self._done_in_any_order(self._delivered))
         where = self._status[self._own[self.start : max(self.start, self._num_real)].numpy()]
         places = np.flatnonzero(where == _WEIGHED)
         done = int(places[-1]) + 1 if len(places) else 0
         if self.batch is not None:
             done = -(-done // self.batch) * self.batch
         return min(self.start + done, len(self._own))
+
+    @property
+    def is_handed_out(self) -> bool:
+        """Whether a loader of ours has delivered all of it."""
+        return self.batch is not None and self.start + self._handed_out >= self.end
 
     @property
     def is_over(self) -> bool:
@@ -282,12 +287,19 @@ class Walk:
         """The plan with what is done before the rest, where batches were not delivered in its order."""
         if self._delivered is None:
             return self.plan
-        before, remaining = self.plan.indices[: self.start], self.done - self.start
-        done = torch.cat([before, *self._delivered])[: self.start + remaining]
+        done = torch.cat([self.plan.indices[: self.start], self._done_in_any_order(self._delivered)])
         is_done = torch.zeros(self._num_samples, dtype=torch.bool)
         is_done[done] = True
         indices = torch.cat([done, self.plan.indices[~is_done[self.plan.indices]]])
         return Plan(indices, self._weights(indices), self.plan.pruned, self.plan.threshold)
+
+    def _done_in_any_order(self, delivered: list[Tensor]) -> Tensor:
+        """Samples of the batches up to the last one weighed, and what else was weighed after a look."""
+        kept = [i for i, batch in enumerate(delivered) if (self._status[batch.numpy()] == _WEIGHED).any()]
+        done = torch.cat([self._own[:0], *delivered[: kept[-1] + 1 if kept else 0]])
+        looked_at = self._status == _WEIGHED
+        looked_at[done.numpy()] = False
+        return torch.cat([done, torch.from_numpy(np.flatnonzero(looked_at))])
 
 
 def _real(index: Tensor) -> Tensor:

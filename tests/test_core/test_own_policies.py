@@ -354,3 +354,20 @@ def test_a_policy_with_arguments_tells_them():
 
     with pytest.raises(ValueError, match=r"'silent' .* has arguments \['share'\] and no settings\(\) of its own"):
         build_policy(Silent())
+
+
+def test_a_policy_may_write_into_what_it_is_given():
+    class Writes(Half):
+        name = "writes"
+
+        def draw(self, scores: torch.Tensor, seen: torch.Tensor, *args: Any) -> Plan | None:
+            scores[~seen] = torch.inf
+            scores /= 3
+            seen[:] = True
+            return super().draw(scores, seen, *args)
+
+    pruner = Pruner(EpochSchedule(8, 3, 2), Writes())
+    pruner.record(torch.arange(4), torch.arange(4.0))
+    pruner.begin_pass()
+    assert pruner.store.values.tolist() == [0, 1, 2, 3, 0, 0, 0, 0]
+    assert pruner.store.seen.tolist() == [True] * 4 + [False] * 4

@@ -909,3 +909,30 @@ def test_a_pass_that_is_saved_at_its_end_is_followed_by_the_whole_of_the_next(tm
     resumed = Run(TAILED).load(tmp_path)
     resumed.train(lambda step: resumed.infobatch.merge())  # as before a checkpoint at every step
     assert first.journal + resumed.journal == straight.journal
+
+
+def test_a_look_at_several_batches_counts_for_nothing():
+    run = Run(Setup(samples=32))
+    for _ in range(3):
+        for i, _ in enumerate(run.loader):
+            if i == 3:
+                break
+    seen = [index for batch in run.loader for index in weighed(run, batch)]
+    assert sorted(seen) == list(range(32))
+    entry = run.infobatch.summary()["per_pass"][0]
+    assert (entry["kept"], entry["skipped"]) == (32, 0)
+
+
+def weighed(run: Run, batch: dict[str, torch.Tensor]) -> list[int]:
+    run.infobatch.weigh(batch["index"].float())
+    return batch["index"].tolist()
+
+
+def test_two_data_sets_keep_their_states(tmp_path: Path):
+    forget_accelerators()
+    accelerator = Accelerator(cpu=True)
+    loaders = [DataLoader(Points(samples), 4, shuffle=True) for samples in (16, 24)]
+    both = [AcceleratedInfoBatch(accelerator, loader, 4) for loader in loaders]
+    assert len([each for each in accelerator._custom_objects if isinstance(each, AcceleratedInfoBatch)]) == 2
+    again = AcceleratedInfoBatch(accelerator, DataLoader(Points(16), 2, shuffle=True), 4)  # a smaller batch
+    assert [each for each in accelerator._custom_objects if each in (*both, again)] == [both[1], again]

@@ -178,7 +178,7 @@ class Training:
         """Walk the pass, or the rest of it; whether it is to be resumed, and whether it came to its end."""
         case, twin = self.case, self.twin
         in_hand: torch.Tensor | None = None
-        self.touched, before = False, len(twin.given)
+        self.touched = False
         for index, item in self.loader:
             assert index.tolist() == item.tolist()
             fresh = set(index.tolist())
@@ -201,9 +201,6 @@ class Training:
                 return False, False
         if in_hand is not None:
             self.weigh(in_hand, in_hand, epoch)
-        if before and not self.touched and case.ours:  # nothing of the rest was weighed: it comes again
-            del twin.given[before:]
-            return True, False
         if twin.weighed:
             left_out = twin.visits % case.batch if case.drop_last else 0
             assert len(twin.given) == twin.visits - left_out, f"pass {epoch} of {case}"

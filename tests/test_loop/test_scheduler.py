@@ -239,3 +239,44 @@ def test_a_few_batches_may_be_skipped_with_their_steps():
             if i % 4:  # as where gradients overflowed
                 run.scheduler.step()
     assert run.scheduler.last_epoch > 2 * 16
+
+
+def test_accumulation_may_leave_the_rest_of_a_pass_out():
+    for partial in (False, True):
+        optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        infobatch = InfoBatch(20, 5, policy="none")
+        loader = infobatch.loader(list(range(20)), 4)
+        raw = OneCycleLR(optimizer, 0.1, total_steps=5 * (len(loader) // 2))
+        scheduler = infobatch.schedule(raw, every=2, partial=partial)
+
+        def train(infobatch: Any = infobatch, loader: Any = loader, optimizer: Any = optimizer, step: Any = scheduler):
+            for _ in range(5):
+                for i, (index, _) in enumerate(loader, 1):
+                    infobatch.weigh(index.float(), index)
+                    if i % 2 == 0:
+                        optimizer.step()
+                        step.step()
+
+        if partial:
+            with pytest.raises(ValueError, match=r"called 2 times in pass 0, in which 5 batches .*partial=False"):
+                train()
+        else:
+            train()
+            assert raw.last_epoch == 10
+
+
+def test_a_schedule_that_was_replaced_steps_no_more():
+    run = Run(BY_EPOCH["ExponentialLR"], "epoch")
+    run.scheduler = run.infobatch.schedule(ExponentialLR(run.optimizer, 0.9), "epoch")
+    assert run.train().at_pass_end == pytest.approx([0.1 * 0.9 ** (epoch + 1) for epoch in range(EPOCHS)])
+
+
+def test_a_schedule_in_its_midst_is_refused():
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    raw = CosineAnnealingLR(optimizer, 40)
+    optimizer.step()
+    raw.step()
+    infobatch = InfoBatch(8, 10)
+    infobatch.loader(list(range(8)), 4)
+    with pytest.raises(ValueError, match="the CosineAnnealingLR has taken 1 steps already, the training none"):
+        infobatch.schedule(raw)
