@@ -134,8 +134,7 @@ class InfoBatch:
     ) -> PassLoader:
         """A loader of ``(index, batch)``, of which each walk is one pass.
 
-        Give ``index`` to :meth:`weigh` as it comes, on the CPU. After a ``break`` the next walk is a new pass. A walk of
-        which nothing is weighed counts for nothing.
+        Give ``index`` to :meth:`weigh` as it comes, on the CPU. After a ``break`` the next walk is a new pass.
 
         Args:
             dataset: A map-style data set of ``num_samples`` samples.
@@ -200,8 +199,8 @@ class InfoBatch:
     ) -> Tensor:
         """Weigh the losses of a batch, or of a part of it, and record them as scores.
 
-        Waits neither for a device nor for other processes. A sample that is in the batch several times, as with two
-        views of it, is scored by the mean of its losses; the losses of a later call in the same pass are weighed only.
+        Waits neither for a device nor for other processes. Of two views of a batch the mean is scored; the losses of a
+        later call in the same pass are weighed only.
 
         Args:
             losses (Tensor): Per-sample losses, shape ``(B,)``, any float dtype, on any device; e.g. from a
@@ -212,8 +211,7 @@ class InfoBatch:
                 shape ``(B,)``; needed for ``score='timestep'``, not looked at otherwise.
 
         Returns:
-            Tensor: Scalar ``mean(weight * loss)``, to call ``backward()`` on. NaN and infinite losses are
-            not recorded as scores.
+            Tensor: Scalar ``mean(weight * loss)``, to call ``backward()`` on. NaN and infinite losses are no scores.
 
         Raises:
             ValueError: If the shapes do not fit, an index is not part of the current pass, or ``log_snr`` is needed and
@@ -249,8 +247,7 @@ class InfoBatch:
     def merge(self) -> None:
         """Exchange the scores of this pass among processes, before a checkpoint; every process must call it.
 
-        At the end of a pass it happens by itself. It may be called at any step, any number of times; in one
-        process it does nothing.
+        At the end of a pass it happens by itself. It may be called at any step; in one process it does nothing.
         """
         self._passes.merge()
 

@@ -16,15 +16,15 @@ from .looks import Looks
 
 #: What becomes of a sample in a walk, in this order.
 _LEFT_OUT, _PLANNED, _HANDED_OUT, _WEIGHED = range(4)
-# Indices become Python integers in blocks, so that a pass over 10**8 samples never holds them all.
+# Indices become Python integers in blocks: a pass over 10**8 samples never holds them all.
 _BLOCK = 1 << 16
 
 
 class Walk:
     """The visits of one plan on this process, from some position on.
 
-    Positions are counted in the visits of this process, of which the plan has every ``world``-th. Where the plan
-    does not divide among the processes, some of them repeat its first visit at their end, under a negative index.
+    Positions count the visits of this process, every ``world``-th of the plan. Where that does not divide, some
+    processes repeat its first visit at their end, under a negative index.
 
     Args:
         plan (Plan): What to visit.
@@ -36,15 +36,13 @@ class Walk:
         batch (int, optional): Visits of this process in a batch, where a loader of ours hands them out. Defaults to
             None: the user's loader does, and only what is weighed is known.
         drop_last (bool): Whether that loader leaves out a last batch that is not full. Defaults to False.
-        in_order (bool): Whether it delivers batches in the order of the plan. Defaults to True.
+        in_order (bool): Whether it delivers in the order of the plan. Defaults to True.
 
     Attributes:
         world (int): As above.
-        touched (bool): Whether anything was weighed.
-        alive (bool): Whether an iterator is in the midst of it.
+        touched, alive (bool): Whether anything was weighed; whether an iterator is in the midst of it.
         spent (bool): Whether the sampler has handed out all of it to the user's loader.
-        stale (bool): Whether another walk has taken its place.
-        finished (bool): Whether its pass is booked.
+        stale, finished (bool): Whether another walk has taken its place; whether its pass is booked.
         weighed (int): Visits that were weighed, of those that were taken down so far.
         pending (PendingRecords): What was weighed and is not taken down yet; see :meth:`add`.
     """
@@ -178,8 +176,7 @@ class Walk:
     def tail_scale(self, index: Tensor) -> Tensor | float:
         """Factor by which the mean over processes becomes the mean over the real visits of a batch.
 
-        Only the batch with the last visit of each process can be filled up. Found on the device of ``index``, so that
-        nothing waits for it.
+        Only the batch with the last visit of each process can be filled up. Found on the device, without a look.
         """
         if not self._padding:
             return 1.0
@@ -188,7 +185,7 @@ class Walk:
         return slots / (slots - self._padding * looks).to(torch.float32)
 
     def add(self, index: Tensor, losses: Tensor, level: Tensor | None) -> None:
-        """Keep the losses of one call where they are, so that no step waits for its device."""
+        """Keep the losses of one call where they are: no step waits for its device."""
         self.touched = True
         call = torch.full_like(index, self._calls)
         self._calls += 1
@@ -232,10 +229,7 @@ class Walk:
 
     @property
     def done(self) -> int:
-        """Position up to which visits are done: behind the last one weighed, or behind its batch.
-
-        What was read ahead, or is in hand but not weighed, comes again after a resume.
-        """
+        """Behind the last visit weighed, or its batch: what is in hand or read ahead comes again after a resume."""
         if not self.touched:
             return self.start
         if self._filled:
@@ -263,7 +257,7 @@ class Walk:
     def has_nothing_to_weigh(self) -> bool:
         """Whether the rest of a resumed pass gave no batch: its loader drops a tail that is not full.
 
-        Of a loader of the user's it is only known that it took all of the rest, and that nothing was weighed.
+        Of a user's loader it is known that it took all of the rest.
         """
         return self.start > 0 and (self.spent if self.batch is None else self.start >= self.end)
 
@@ -276,8 +270,7 @@ class Walk:
         """Real visits that this process was handed out since the start.
 
         Args:
-            up_to (int, optional): Up to a position. Defaults to all that a loader of ours delivered; of a loader of
-                the user's only what was weighed is known, and all before it.
+            up_to (int, optional): Up to a position. Defaults to all of it.
         """
         if up_to is None:
             up_to = self.done if self.batch is None else self.start + self._handed_out
