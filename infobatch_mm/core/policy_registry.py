@@ -112,7 +112,7 @@ def build_policy(
             raise ValueError(
                 f"{key}={defaults[key]!r} and policy=dict({key}={given[key]!r}, ...): set it in one of them"
             )
-        if defaults[key] != usual and key not in parameters and not cls.__module__.startswith("infobatch_mm."):
+        if defaults[key] != usual and key not in parameters and not _is_packaged(cls):
             raise ValueError(f"policy {name!r} takes no {key}: its arguments are {list(parameters)}")
     taken = {key: value for key, value in defaults.items() if key in parameters and value is not None}
     if unknown := [] if open_ended else [key for key in given if key not in parameters]:
@@ -194,7 +194,11 @@ def _described(value: Any) -> str:
 
 def is_ours(policy: PruningPolicy) -> bool:
     """Whether a policy is of this package, and not of a user's."""
-    return type(policy).__module__.startswith("infobatch_mm.")
+    return _is_packaged(type(policy))
+
+
+def _is_packaged(cls: type) -> bool:
+    return cls.__module__.startswith("infobatch_mm.")
 
 
 def _checked(policy: PruningPolicy) -> PruningPolicy:

@@ -53,7 +53,7 @@ class ProgressScheduler:
         self._interval = interval
         self._every = whole_number("every", every, 1, "it is the number of batches to an optimiser step")
         self._partial = bool(partial)
-        self._walk: Walk | None = passes.walk  # the one that steps are counted in
+        self._walk: Walk | None = passes.walk  # whose steps were not all called here
         self._calls = 0
         self._is_used = False
         passes.schedulers.add(self)
