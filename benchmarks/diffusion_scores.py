@@ -31,10 +31,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from infobatch_mm.core import ScoreStore
+from infobatch_mm.core import ScoreStore, read_scores
 from infobatch_mm.core.noise_levels import NoiseLevels
-from infobatch_mm.core.scores import SCORES
-from infobatch_mm.core.summary import SCORES_FILE
+from infobatch_mm.core.ranking import SCORES
 from infobatch_mm.diffusion.denoising import Denoising, draw, in_part, log_snr
 from infobatch_mm.diffusion.latents import CachedLatents
 
@@ -125,7 +124,7 @@ def overlap(first: np.ndarray, second: np.ndarray, quantile: float) -> float:
 
 def look(folder: Path, latents_dir: Path, args: argparse.Namespace, console: Console) -> None:
     """Measure one run."""
-    found = np.load(folder / SCORES_FILE)
+    found = read_scores(folder)
     cached = CachedLatents(latents_dir, found["name"].tolist())
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(np.isfinite(found["score"])))[: args.images]
     latents = torch.stack([cached[int(i)]["latents"] for i in chosen])

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     epochs = args.num_train_epochs
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=not getattr(torch, "accelerator", torch.cuda).is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
@@ -182,15 +182,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 predicted = unet(noisy_latents, timesteps, text_encoder(batch["input_ids"])[0]).sample
                 unweighted = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
                 losses = unweighted * min_snr_weights(noise_scheduler, timesteps, args.snr_gamma)
-                loss = losses.mean()
-                # (-) accelerator.backward(loss)
-                accelerator.backward(infobatch.weigh(losses, unweighted, log_snr(noise_scheduler, timesteps)))  # (+)
+                # (-) loss = losses.mean()
+                loss = infobatch.weigh(losses, unweighted, log_snr(noise_scheduler, timesteps))  # (+)
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(unet.parameters(), 1.0)
                 optimizer.step()
                 lr_scheduler.step()
                 optimizer.zero_grad()
-            logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+            # (-) logs = {"loss": loss.item(), "lr": lr_scheduler.get_last_lr()[0]}
+            logs = {"loss": infobatch.loss.item(), "lr": lr_scheduler.get_last_lr()[0]}  # (+)
             progress_bar.set_postfix(logs)
             accelerator.log(logs, step=global_step)
             if not accelerator.sync_gradients:

@@ -15,8 +15,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmpretrain.datasets import BaseDataset
 
 from infobatch_mm.datasets import NpzDataset
-from infobatch_mm.engine.hook import fingerprint
-from infobatch_mm.engine.loader import sample_name
+from infobatch_mm.engine.sample_names import fingerprint, sample_name
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (12, 8, 6, 3), dtype=np.uint8)
 LABELS = np.arange(12) % 3

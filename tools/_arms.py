@@ -11,6 +11,8 @@ from infobatch_mm.core import InfoBatchPolicy, Schedule
 
 #: What runs are compared by where the user does not say: the first that the log has. The hosts log percents.
 METRICS = ("mIoU", "accuracy/top1")
+#: What visits were called in summaries of earlier versions.
+_NAMES_BEFORE = {"visits": "samples_seen", "visits_full": "samples_full"}
 
 
 @dataclass
@@ -60,7 +62,13 @@ def find_metric(work_dir: Path, wanted: str | None) -> str:
 def read_summary(work_dir: Path) -> dict[str, Any] | None:
     """``infobatch_summary.json`` of a run, None where it was not pruned."""
     path = work_dir / "infobatch_summary.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    for name, before in _NAMES_BEFORE.items():
+        if before in summary:
+            summary.setdefault(name, summary.pop(before))
+    return summary
 
 
 def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
@@ -73,7 +81,7 @@ def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
     policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
     passes = [p for p in range(schedule.num_passes) if policy.is_active(schedule.progress(p))]
     prunable = sum(schedule.full_visits(p) for p in passes)
-    return (summary["samples_full"] - summary["samples_seen"]) / prunable if prunable else 0.0
+    return (summary["visits_full"] - summary["visits"]) / prunable if prunable else 0.0
 
 
 def last_checkpoint(work_dir: Path) -> str:

@@ -40,17 +40,23 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.launcher = args.launcher
     if args.launcher != "none" and get_device() == "cpu":
         _start_on_cpu(cfg)
-    before = cfg.get("data_root")
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-        if "data_root" in args.cfg_options:
-            for split in ("train", "val", "test"):
-                _set_data_root(cfg.get(f"{split}_dataloader"), before, args.cfg_options["data_root"])
+    merge_options(cfg, args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get("work_dir") is None:
         cfg.work_dir = str(Path("work_dirs", Path(args.config).stem))
     return cfg
+
+
+def merge_options(cfg: Config, options: dict[str, Any] | None) -> None:
+    """Merge overrides into a config; a top-level ``data_root`` among them reaches its data sets."""
+    if not options:
+        return
+    before = cfg.get("data_root")
+    cfg.merge_from_dict(options)
+    if "data_root" in options:
+        for split in ("train", "val", "test"):
+            _set_data_root(cfg.get(f"{split}_dataloader"), before, options["data_root"])
 
 
 def _start_on_cpu(cfg: Config) -> None:

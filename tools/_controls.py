@@ -39,12 +39,23 @@ def hook_index(cfg: Config) -> int | None:
 
 
 def missing_data(cfg: Config) -> Path | None:
-    """Where a config has its training data, if nothing is there."""
-    dataset = cfg.train_dataloader.dataset
-    while "dataset" in dataset:
-        dataset = dataset.dataset
-    path = Path(cfg.get("data_root") or dataset.get("data_root") or "", dataset.get("ann_file") or "")
-    return None if path.exists() else path
+    """What a config's training data sets name and is not there, by their own ``data_root`` and ``ann_file``."""
+    for dataset in _datasets(cfg.train_dataloader.dataset):
+        root, annotations = (str(dataset.get(key) or "") for key in ("data_root", "ann_file"))
+        for path in (root, str(Path(root, annotations)) if annotations else ""):
+            if "://" not in path and not Path(path).exists():  # the host knows of other places than disks
+                return Path(path)
+    return None
+
+
+def _datasets(dataset: Any) -> Iterator[Any]:
+    """The data sets below the wrappers of a config."""
+    inner = dataset.get("dataset")
+    parts = dataset.get("datasets") or ([inner] if isinstance(inner, dict) else [])
+    if not parts:
+        yield dataset
+    for part in parts:
+        yield from _datasets(part)
 
 
 def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:

@@ -12,7 +12,7 @@ import yaml
 from _images import add_data_arguments
 from diffusers.optimization import SchedulerType
 
-from infobatch_mm.core.scores import SCORES
+from infobatch_mm.core.ranking import SCORES
 from infobatch_mm.diffusion.denoising import PREDICTION_TYPES
 
 
@@ -66,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     training.add_argument("--train_batch_size", type=int, default=16, help="per process")
     training.add_argument("--num_epochs", type=int, default=100, help="passes over the data")
+    steps = "updates of the unpruned training, in place of --num_epochs; the last pass may be partial"
+    training.add_argument("--max_train_steps", type=int, help=steps)
     training.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches per update")
     training.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate of AdamW")
     schedules = [each.value for each in SchedulerType if each != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
@@ -152,8 +154,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     at_least |= dict.fromkeys(("ddpm_num_steps", "ddpm_num_inference_steps", "eval_batch_size"), 1)
     at_least |= dict.fromkeys(("seed", "lr_warmup_steps", "dataloader_num_workers", "save_images_epochs"), 0)
     at_least |= dict.fromkeys(("learning_rate", "max_grad_norm"), 0)
-    if args.checkpoints_total_limit is not None:
-        at_least["checkpoints_total_limit"] = 1
+    at_least |= {name: 1 for name in ("checkpoints_total_limit", "max_train_steps") if getattr(args, name) is not None}
     if args.ddpm_num_inference_steps >= args.ddpm_num_steps:
         parser.error(
             f"--ddpm_num_inference_steps {args.ddpm_num_inference_steps}: sampling takes fewer steps than the "

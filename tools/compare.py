@@ -19,11 +19,13 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from _arms import Arm, find_metric, last_checkpoint, last_value, read_arm, read_summary
+from _config import merge_options
 from _controls import at_random, hook_index, is_by_epoch, missing_data, schedule_of, shortened
 from _report import Rows, means, plot, table
 from mmengine.config import Config, DictAction
@@ -74,7 +76,7 @@ def merged(config: Path, options: list[str]) -> Config:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cfg-options", nargs="*", action=DictAction, default={})
     cfg = Config.fromfile(config)
-    cfg.merge_from_dict(parser.parse_args(["--cfg-options", *options]).cfg_options if options else {})
+    merge_options(cfg, parser.parse_args(["--cfg-options", *options]).cfg_options if options else None)
     return cfg
 
 
@@ -108,7 +110,7 @@ def compare(args: argparse.Namespace, seed: int, work_dir: Path, cfg: Config, co
         assert summary is not None
         schedule = schedule_of(cfg, summary["num_samples"])
         if args.shortened:
-            run("shortened", args.unpruned, *shortened(cfg, schedule, summary["samples_seen"]))
+            run("shortened", args.unpruned, *shortened(cfg, schedule, summary["visits"]))
         if args.random:
             run("random", args.pruned, *at_random(merged(args.pruned, args.cfg_options), schedule, summary))
         if args.then is not None:
@@ -150,16 +152,47 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
     if missing := missing_data(cfg):
         parser.error(
             f"the data set {missing} is not there: draw it (make demo-data, make demo-shapes), or say where it is "
-            "with data_root= or the variable that the config names"
+            "with data_root="
         )
     if args.then is not None:
         check_then(parser, args, cfg)
+    elif not cfg.get("val_evaluator"):
+        parser.error(f"{args.unpruned} has no val_evaluator: there would be nothing to compare by")
     if args.shortened:
         try:
             shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
         except ValueError as error:
             parser.error(f"--shortened: {error}")
+    check_built(parser, {args.unpruned: args.cfg_options, args.pruned: args.cfg_options})
+    if args.then is not None:
+        check_built(parser, {args.then: args.then_options})
     return cfg
+
+
+def check_built(parser: argparse.ArgumentParser, configs: dict[Path, list[str]]) -> None:
+    """Refuse a config of which not all can be built: a typo in the second is not to be found when the first is trained.
+
+    Args:
+        parser (ArgumentParser): Tells the user.
+        configs (dict[Path, list[str]]): Overrides of each config. Each is built in a process of its own, at once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = {}
+        for number, (config, options) in enumerate(configs.items()):
+            command = [
+                sys.executable,
+                str(ROOT / "tools/_preflight.py"),
+                str(config),
+                "--work-dir",
+                f"{folder}/{number}",
+            ]
+            command += ["--cfg-options", *options] if options else []
+            processes[config] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        outputs = {config: process.communicate()[0] for config, process in processes.items()}
+    for config, process in processes.items():
+        if process.returncode:
+            print("".join(outputs[config].splitlines(keepends=True)[-25:]), file=sys.stderr)
+            parser.error(f"{config} cannot be trained, for the reason above; nothing was trained")
 
 
 def check_then(parser: argparse.ArgumentParser, args: argparse.Namespace, pretrained: Config) -> None:

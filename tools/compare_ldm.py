@@ -25,10 +25,12 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from infobatch_mm.core import EpochSchedule
-from infobatch_mm.core.scores import SCORES
+from infobatch_mm.core.ranking import SCORES
 from infobatch_mm.core.summary import differences
 
 METRIC = "held_out_loss"
+#: An output folder for options that are only looked at.
+_NOWHERE = ("--output_dir", ".")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,15 +74,29 @@ def train_arms(args: argparse.Namespace, seed: int, options: list[str]) -> Rows:
     summary = read_summary(root / next(iter(pruned)))  # the controls make as many visits as the first pruned arm
     assert summary is not None
     if args.shortened:
-        epochs = max(1, round(summary["samples_seen"] / summary["num_samples"]))
-        flags = ["--config", args.full, *shared, *options, "--num_epochs", str(epochs)]
-        rows["shortened"] = run(root / "shortened", flags)
+        flags = ["--config", args.full, *shared, *options]
+        rows["shortened"] = run(root / "shortened", [*flags, *shortened(parse_options([*flags, *_NOWHERE]), summary)])
     if args.random:
-        schedule = EpochSchedule(summary["num_samples"], summary["passes_total"], batch_size=1)
-        ratio = random_ratio(schedule, summary)
+        ratio = random_ratio(passes_of(summary), summary)
         flags = ["--config", args.pruned, *shared, *options, "--policy", "random", "--prune_ratio", f"{ratio:.6f}"]
         rows["random"] = run(root / "random", flags)
     return rows
+
+
+def shortened(args: argparse.Namespace, summary: dict[str, Any]) -> list[str]:
+    """Flags of an unpruned run that makes about as many visits as a pruned one made: in whole epochs, or in steps."""
+    if args.max_train_steps is not None:
+        return [
+            "--max_train_steps",
+            str(max(1, round(args.max_train_steps * summary["visits"] / summary["visits_full"]))),
+        ]
+    return ["--num_epochs", str(max(1, round(summary["visits"] / summary["num_samples"])))]
+
+
+def passes_of(summary: dict[str, Any]) -> EpochSchedule:
+    """The passes of a run, whose last one may be partial, visit by visit."""
+    visits = round(summary["passes_total"] * summary["num_samples"])
+    return EpochSchedule(summary["num_samples"], None, batch_size=1, max_steps=visits)
 
 
 def run(output_dir: Path, flags: list[str]) -> dict[str, float]:
@@ -101,7 +117,7 @@ def run(output_dir: Path, flags: list[str]) -> dict[str, float]:
     metrics = output_dir / "metrics.json"
     return {
         METRIC: json.loads(metrics.read_text())[METRIC] if metrics.is_file() else math.nan,
-        "visits": summary["samples_seen"],
+        "visits": summary["visits"],
         "iterations": summary["iterations"],
         "wall_time_s": summary["wall_time_s"],
     }

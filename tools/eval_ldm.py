@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _images import add_data_arguments, open_held_out, open_images
 from diffusers import DDPMScheduler
@@ -30,7 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 from train_ldm import all_encoded, predictor
 
-from infobatch_mm.core.summary import SCORES_FILE
+from infobatch_mm.core import read_scores
 from infobatch_mm.diffusion.denoising import Denoising, losses_over_timesteps
 from infobatch_mm.diffusion.evaluation import (
     RealPixels,
@@ -259,10 +258,11 @@ def save_grid(samples: Tensor, path: Path) -> None:
 
 def save_extremes(run: Path, images: Images, count: int, path: Path) -> None:
     """Save the images that a run's scores call the easiest, over those that they call the hardest, if it has scores."""
-    if not (run / SCORES_FILE).is_file():
+    try:
+        found = read_scores(run)
+    except FileNotFoundError:
         return
-    with np.load(run / SCORES_FILE) as found:
-        scores = dict(zip(found["name"].tolist(), found["score"].tolist(), strict=True))
+    scores = dict(zip(found["name"].tolist(), found["score"].tolist(), strict=True))
     where = {name: i for i, name in enumerate(images.names) if math.isfinite(scores.get(name, math.nan))}
     ranked = sorted(where, key=lambda name: scores[name])
     count = min(count, len(ranked) // 2)

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from infobatch_mm.core import build_policy
-from infobatch_mm.core.scores import resolve_score
+from infobatch_mm.core.ranking import resolve_score
 from infobatch_mm.core.summary import differences
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 from infobatch_mm.diffusion.denoising import Denoising, Draws, draw, held_out_loss, log_snr
@@ -49,6 +49,7 @@ METRICS_FILE = "metrics.json"
 _FREE = {
     *("config", "output_dir", "cpu", "train_data_dir", "dataset_name", "eval_data_dir", "vae", "latents_dir"),
     *("dataset_config_name", "cache_dir", "vae_scaling_factor"),  # the first stage's fingerprint holds it
+    "max_train_steps",  # of other batches they are as long in other numbers, which AcceleratedInfoBatch compares
     *("cache_latents", "dataloader_num_workers", "mixed_precision", "train_batch_size", "gradient_accumulation_steps"),
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "logger", "save_images_epochs"),
     *("eval_batch_size", "ddpm_num_inference_steps"),
@@ -147,6 +148,7 @@ def train(args: argparse.Namespace) -> None:
         accelerator,
         loader,
         args.num_epochs,
+        max_train_steps=args.max_train_steps,
         policy=policy,
         seed=args.seed,
         item_seed=True,
@@ -174,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
     shape = latent_shape(vae, args.resolution)
     bar = tqdm(initial=infobatch.updates_done, total=infobatch.updates_expected, unit="update")
     bar.disable = not accelerator.is_local_main_process
-    for epoch in range(infobatch.passes_done, args.num_epochs):
+    for epoch in range(infobatch.passes_done, infobatch.num_passes):
         unet.train()
         for step, batch in enumerate(loader):
             if step == 0:
@@ -202,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
             if update % args.checkpointing_steps == 0:
                 save_checkpoint(accelerator, infobatch, args, identity, images.names)
         accelerator.log(infobatch.logs(), step=infobatch.updates_done)
-        is_last = epoch + 1 == args.num_epochs
+        is_last = epoch + 1 == infobatch.num_passes
         if args.save_images_epochs and (is_last or (epoch + 1) % args.save_images_epochs == 0):
             with averaged(model, ema):
                 if accelerator.is_main_process:
@@ -222,7 +224,7 @@ def train(args: argparse.Namespace) -> None:
                 print(f"held-out denoising loss {loss:.6f}")
         summary = infobatch.summary()
         print(
-            f"{summary['samples_seen']} of {summary['samples_full']} visits, saved {summary['saved_ratio']:.1%}, "
+            f"{summary['visits']} of {summary['visits_full']} visits, saved {summary['saved_ratio']:.1%}, "
             f"{summary['iterations']} iterations, {summary['wall_time_s']:.0f} s"
         )
     accelerator.end_training()
@@ -271,7 +273,7 @@ def build_lr_scheduler(
 ) -> LambdaLR:
     """The schedule over the updates of the unpruned training; accelerate steps it once per process at each."""
     batches = math.ceil(num_samples / (args.train_batch_size * num_processes))
-    updates = args.num_epochs * math.ceil(batches / args.gradient_accumulation_steps)
+    updates = args.max_train_steps or args.num_epochs * math.ceil(batches / args.gradient_accumulation_steps)
     return get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -330,7 +332,10 @@ def set_aside(output_dir: Path, checkpoint: Path) -> None:
 
 def run_identity(args: argparse.Namespace, first_stage: str) -> dict[str, Any]:
     """What makes a checkpoint one of this run: its options, and the fingerprint of its first stage."""
-    return {"first_stage": first_stage, **{name: value for name, value in vars(args).items() if name not in _FREE}}
+    options = {name: value for name, value in vars(args).items() if name not in _FREE}
+    if args.max_train_steps is not None:
+        options["num_epochs"] = None  # not looked at
+    return {"first_stage": first_stage, **options}
 
 
 def check_identity(checkpoint: Path, identity: dict[str, Any]) -> None:

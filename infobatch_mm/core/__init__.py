@@ -7,6 +7,7 @@ from .policy_registry import build_policy, register_policy
 from .pruner import Pruner
 from .sampler import PlanSampler
 from .schedule import EpochSchedule, IterSchedule, Schedule
+from .score_file import read_scores
 from .scores import ScoreStore
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "build_policy",
     "full_plan",
     "keeps_order",
+    "read_scores",
     "register_policy",
     "thinned_plan",
 ]

@@ -79,7 +79,8 @@ class IndexedCollate:
         """
         indices, bare = zip(*items, strict=True)
         batch, kept = self.collate(list(bare))
-        return torch.tensor(indices if kept is None else [indices[place] for place in kept], dtype=torch.int64), batch
+        rows = indices if kept is None else [indices[place] for place in kept]
+        return torch.tensor(rows, dtype=torch.int64, device="cpu"), batch
 
     def collate(self, bare: list) -> tuple[Any, list[int] | None]:
         """Collate bare items.
@@ -232,10 +233,14 @@ class IndexedCollate:
         raise ValueError(f"the collate function {name} {finding}, so that its order cannot be verified: {_WAY_OUT}")
 
     def _refuse_count(self, rows: int, count: int, finding: str = "") -> NoReturn:
+        prior = (
+            f". If its first {count} rows are the samples', as with prior preservation, mark it with "
+            "infobatch_mm.keeps_order and weigh their losses alone"
+        )
         raise ValueError(
             f"the collate function {_name(self.collate_fn)} returned {rows} rows for {count} samples{finding}: return "
             "one row for each item, leave samples out of the data set, keep the views of a sample in its row, or train "
-            "without pruning"
+            f"without pruning{prior if rows > count and rows % count == 0 else ''}"
         )
 
 

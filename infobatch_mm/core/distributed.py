@@ -31,6 +31,15 @@ def rank(group: Group = None) -> int:
     return dist.get_rank(group) if _initialized() else 0
 
 
+def device_of(group: Group = None) -> torch.device:
+    """Where tensors must lie that a group's processes exchange: NCCL, HCCL and XCCL move their device's memory only."""
+    # As "cpu:gloo,cuda:nccl": a backend for each device that the group serves.
+    served = [each.split(":")[0] for each in str(dist.get_backend_config(group)).split(",")]
+    if "cpu" in served:
+        return torch.device("cpu")
+    return torch.device(served[0], getattr(torch, served[0]).current_device())
+
+
 def all_gather_ragged(tensor: Tensor, group: Group = None) -> list[Tensor]:
     """Gather one 1-D CPU tensor per rank; lengths may differ, the dtype must not.
 
@@ -43,9 +52,7 @@ def all_gather_ragged(tensor: Tensor, group: Group = None) -> list[Tensor]:
     """
     if world_size(group) == 1:
         return [tensor]
-    # NCCL moves device memory only.
-    on_gpu = dist.get_backend(group) == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = device_of(group)
     length = torch.tensor([tensor.numel()], dtype=torch.int64, device=device)
     lengths = [torch.zeros_like(length) for _ in range(world_size(group))]
     dist.all_gather(lengths, length, group)

@@ -146,6 +146,6 @@ def fits(state: Any, num_samples: int) -> bool:
 
 def _joined(held: list[_Held]) -> tuple[Tensor, Tensor, Tensor]:
     if not held:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0, dtype=torch.uint8)
+        return tuple(torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32, torch.uint8))
     indices, losses, bins = zip(*held, strict=True)
     return torch.cat(indices), torch.cat(losses), torch.cat(bins)

@@ -88,7 +88,7 @@ def full_plan(num_samples: int, generator: torch.Generator) -> Plan:
         Plan: N visits.
     """
     order = _permutation(num_samples, generator).to(torch.int64)
-    return Plan(order, torch.ones(num_samples), pruned=False)
+    return Plan(order, torch.ones(num_samples, dtype=torch.float32, device="cpu"), pruned=False)
 
 
 def thinned_plan(
@@ -119,15 +119,17 @@ def thinned_plan(
     assert 1 <= num_kept <= num_candidates
     # The draw and the order of the visits are independent, so that any part of a plan is as unbiased as
     # the whole of it.
-    keys = torch.empty(num_candidates, dtype=torch.int64).random_(generator=generator).numpy()
+    keys = torch.empty(num_candidates, dtype=torch.int64, device="cpu").random_(generator=generator).numpy()
     drawn = candidates[np.argpartition(keys, num_kept - 1)[:num_kept]]
     kept = torch.from_numpy(np.concatenate([drawn, others]))
     order = _permutation(kept.numel(), generator)
-    weights = torch.where(order < num_kept, num_candidates / num_kept, 1.0)
+    # Not of torch.where() with two numbers, which gives the default dtype: weights in bfloat16 are wrong by 1/256.
+    ones = torch.ones(len(order), dtype=torch.float32, device="cpu")
+    weights = ones.masked_fill_(order < num_kept, num_candidates / num_kept)
     return Plan(kept.index_select(0, order), weights, pruned=num_kept < num_candidates, threshold=threshold)
 
 
 def _permutation(length: int, generator: torch.Generator) -> Tensor:
     # int32 halves the memory traffic where it can hold the indices.
     dtype = torch.int32 if length < 2**31 else torch.int64
-    return torch.randperm(length, generator=generator, dtype=dtype)
+    return torch.randperm(length, generator=generator, dtype=dtype, device="cpu")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import plain
+from .checks import is_number, plain
+from .checks import what_is_wrong as _wrong
 from .plan import Plan, thinned_plan
-from .scores import is_number
 
 
 class PruningPolicy(ABC):
@@ -24,6 +24,8 @@ class PruningPolicy(ABC):
 
     #: Name under which users select the policy and checkpoints record it.
     name: str
+    #: Whether it prunes nothing before samples have scores, hence nothing in a training of one pass.
+    needs_scores = False
 
     @abstractmethod
     def is_active(self, progress: float) -> bool:
@@ -80,13 +82,13 @@ class AnnealedPolicy(PruningPolicy):
     def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875) -> None:
         if not is_number(prune_ratio) or not 0 <= prune_ratio < 1:
             raise ValueError(
-                f"prune_ratio={prune_ratio!r} is outside [0, 1): it is the chance that a well-learned sample is "
-                "skipped; use 0.5 as in the paper, or 0 for full passes"
+                f"prune_ratio={prune_ratio!r} {_wrong(prune_ratio, '[0, 1)')}: it is the chance that a well-learned "
+                "sample is skipped; use 0.5 as in the paper, or 0 for full passes"
             )
         if not is_number(delta) or not 0 < delta <= 1:
             raise ValueError(
-                f"delta={delta!r} is outside (0, 1]: it is the share of the training after which pruning stops; "
-                "use 0.875 as in the paper, or 1 to prune to the end"
+                f"delta={delta!r} {_wrong(delta, '(0, 1]')}: it is the share of the training after which pruning "
+                "stops; use 0.875 as in the paper, or 1 to prune to the end"
             )
         self.prune_ratio = float(prune_ratio)
         self.delta = float(delta)
@@ -130,13 +132,14 @@ class InfoBatchPolicy(AnnealedPolicy):
     """
 
     name = "infobatch"
+    needs_scores = True
 
     def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875, quantile: float | None = None) -> None:
         super().__init__(prune_ratio, delta)
         if quantile is not None and (not is_number(quantile) or not 0 < quantile <= 1):
             raise ValueError(
-                f"quantile={quantile!r} is outside (0, 1]: it is the share of the samples that count as well learned; "
-                "leave it out for those below the mean score"
+                f"quantile={quantile!r} {_wrong(quantile, '(0, 1]')}: it is the share of the samples that count as "
+                "well learned; leave it out for the ones below the mean score"
             )
         self.quantile = None if quantile is None else float(quantile)
 

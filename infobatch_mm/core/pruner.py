@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import noise_levels, rng
+from . import noise_levels, rng, unusable
+from .blanks import blank_factor
 from .devices import on_cpu
 from .distributed import Group, gather, world_size
 from .plan import Plan, full_plan
@@ -101,6 +102,7 @@ class Pruner:
         self.full_before = 0
         self.history: list[dict[str, Any]] = []
         self._weights: PlanWeights | None = None
+        self._blank_factors: dict[int, float] = {}  # of the plan in flight
 
     # ---- a pass -----------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class Pruner:
             ValueError: If no pass is in flight or, for indices on the CPU, if one is not part of it.
         """
         if self.plan is None:
-            raise ValueError("no pass is in flight: walk the sampler before weighing a batch")
+            raise ValueError("no pass is in flight: walk the loader before weighing a batch")
         looks = on_cpu(indices)
         num_samples = self.schedule.num_samples
         if looks and bool((outside := (indices < 0) | (indices >= num_samples)).any()):
@@ -163,6 +165,21 @@ class Pruner:
                 "batch during the pass whose sampler handed it out"
             )
         return weights
+
+    def blank_factor(self, batch: int) -> float:
+        """What gradients of the plan in flight are scaled by where losses are divided by the valid samples of a batch.
+
+        Args:
+            batch (int): Samples in a batch of this process.
+        """
+        if self.plan is None or not self.plan.pruned:
+            return 1.0
+        if batch not in self._blank_factors:
+            blank = self.store.unusable.blank & ~self.store.seen
+            visits = int(torch.count_nonzero(blank[self.plan.indices]))
+            counts = self.schedule.num_samples, int(torch.count_nonzero(blank)), len(self.plan), visits
+            self._blank_factors[batch] = blank_factor(*counts, batch)
+        return self._blank_factors[batch]
 
     def record(
         self, indices: Tensor, losses: Tensor, valid: Tensor | None = None, log_snr: Tensor | None = None
@@ -275,14 +292,14 @@ class Pruner:
     def start_at(self, pass_index: int, done: int = 0, of: int = 1) -> None:
         """Go to a position of the schedule; a pass that is begun there is drawn anew.
 
-        The books are kept: :attr:`samples_seen` and :attr:`samples_full` stay what they were.
+        The books are kept: :attr:`visits` and :attr:`visits_full` stay what they were.
 
         Args:
             pass_index (int): Passes that are done.
             done (int): Of the next one the share ``done / of`` counts as visited, brought to full batches.
             of (int): At least 1.
         """
-        seen, full = self.samples_seen, self.samples_full
+        seen, full = self.visits, self.visits_full
         self._set_plan(None)
         self.pass_index = pass_index
         self._stand_at_begin()
@@ -292,8 +309,8 @@ class Pruner:
             nearest = (2 * visits * done + batch * of) // (2 * batch * of)
             # What is begun but not done has a batch left: better one twice than one never.
             self.visited = max(0, min(nearest, visits // batch - (done < of))) * batch
-        self.visits_before += seen - self.samples_seen
-        self.full_before += full - self.samples_full
+        self.visits_before += seen - self.visits
+        self.full_before += full - self.visits_full
 
     def observe(self, visits: int) -> None:
         """Count visits that a host makes by its own sampler, and book its passes."""
@@ -314,9 +331,14 @@ class Pruner:
         return float(np.mean(self.store.values.numpy(), where=self.store.seen.numpy(), dtype=np.float64))
 
     @property
-    def samples_seen(self) -> int:
+    def visits(self) -> int:
         """Visits made so far, over all processes: weighed ones."""
         return self.visits_before + sum(entry["kept"] for entry in self.history) + self.visited - self.skipped
+
+    @property
+    def unscored(self) -> int:
+        """Samples that were visited and have no score, over all processes as far as this one knows."""
+        return self.store.num_unscored
 
     @property
     def visits_skipped(self) -> int:
@@ -324,7 +346,7 @@ class Pruner:
         return sum(entry.get("skipped", 0) for entry in self.history) + self.skipped
 
     @property
-    def samples_full(self) -> int:
+    def visits_full(self) -> int:
         """Visits that the unpruned run would have made at the same progress."""
         full = self.full_before + sum(self.schedule.full_visits(p) for p in range(self.pass_index))
         if self.plan is None:
@@ -334,8 +356,8 @@ class Pruner:
     @property
     def saved_ratio(self) -> float:
         """Share of visits avoided so far, in [0, 1). One that was handed out was not avoided, weighed or not."""
-        handed_out = self.samples_seen + self.visits_skipped
-        return 1 - handed_out / self.samples_full if self.samples_full else 0.0
+        handed_out = self.visits + self.visits_skipped
+        return 1 - handed_out / self.visits_full if self.visits_full else 0.0
 
     def scalars(self) -> dict[str, float]:
         """What a host logs of the last finished pass, those that there are; empty before there is one."""
@@ -366,12 +388,13 @@ class Pruner:
             "num_samples": self.schedule.num_samples,
             "passes_done": self.pass_index + is_over,
             "passes_total": int(total) if total.is_integer() else total,
-            "samples_seen": self.samples_seen,
-            "samples_full": self.samples_full,
+            "visits": self.visits,
+            "visits_full": self.visits_full,
             "saved_ratio": self.saved_ratio,
             "visits_skipped": self.visits_skipped,
             "nonfinite_losses": self.store.num_nonfinite,
-            "unusable_samples": self.store.num_invalid,
+            "unusable_visits": self.store.num_invalid,
+            "unscored_samples": self.store.num_unscored,
             "seed": self.seed,
             **counts,
             "per_pass": [dict(entry) for entry in [*self.history, *([self._entry()] if is_over else [])]],
@@ -473,6 +496,8 @@ class Pruner:
                 raise damaged(key)
         if not bool(torch.isfinite(state["scores"]).all()):
             raise damaged("scores")
+        if "unusable" in state and not unusable.fits(state["unusable"], self.schedule.num_samples):
+            raise damaged("unusable")
         if score == "timestep" and not noise_levels.fits(state.get("noise_levels"), self.schedule.num_samples):
             raise damaged("noise_levels")
         if state["plan"] is not None:
@@ -524,7 +549,7 @@ class Pruner:
     # ---- internals --------------------------------------------------------------------------------
 
     def _set_plan(self, plan: Plan | None) -> None:
-        self.plan = plan
+        self.plan, self._blank_factors = plan, {}
         self._weights = None if plan is None else PlanWeights(plan, self.schedule.num_samples)
 
 
@@ -548,7 +573,8 @@ def _check_plan(plan: Any, num_samples: int) -> None:
         or bool(((indices < 0) | (indices >= num_samples)).any())
         or not {"pruned", "threshold"} <= set(plan)
         # every sample at most once, and none that weighs nothing
-        or len(indices) != torch.zeros(num_samples, dtype=torch.bool).index_fill_(0, indices.cpu(), True).sum()
+        or len(indices)
+        != torch.zeros(num_samples, dtype=torch.bool, device="cpu").index_fill_(0, indices.cpu(), True).sum()
         or not bool(((weights > 0) & torch.isfinite(weights)).all())
     ):
         raise damaged("plan")

@@ -18,7 +18,7 @@ def generator(*key: int) -> torch.Generator:
         key (int): Non-negative numbers. They are hashed, which keeps (seed 0, pass 1) apart from (seed 1, pass 0).
     """
     mixed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    return torch.Generator().manual_seed(mixed & (2**63 - 1))
+    return torch.Generator("cpu").manual_seed(mixed & (2**63 - 1))
 
 
 def capture() -> dict[str, Any]:
@@ -27,10 +27,11 @@ def capture() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert isinstance(keys, np.ndarray)
     return {
-        "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
+        "python": [version, torch.tensor(internal, dtype=torch.int64, device="cpu"), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "other": {kind: module.get_rng_state().cpu() for kind, module in _other_devices().items()},
     }
 
 
@@ -43,6 +44,17 @@ def restore(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+    modules = _other_devices()
+    for kind, found in state.get("other", {}).items():
+        if kind in modules:
+            modules[kind].set_rng_state(found.cpu())
+
+
+def _other_devices() -> dict[str, Any]:
+    """Modules of the devices here that are not CUDA's, such as ``torch.xpu``, ``torch.npu`` or ``torch.mps``."""
+    names = [name for name in ("xpu", "npu", "mps", "mlu", "hpu") if hasattr(torch, name)]
+    modules = {name: getattr(torch, name) for name in names}
+    return {name: module for name, module in modules.items() if getattr(module, "is_available", lambda: False)()}
 
 
 @contextmanager

@@ -88,22 +88,25 @@ class Schedule(ABC):
 
 
 class EpochSchedule(Schedule):
-    """A training of ``num_epochs`` whole passes.
+    """A training of ``num_epochs`` passes, or of as many as ``max_steps`` steps take; the last one may then be partial.
 
     Args:
         num_samples (int): Size N of the data set.
-        num_epochs (int): Number of epochs of the host, at least 1.
+        num_epochs (int, optional): Number of epochs of the host, at least 1; not looked at beside ``max_steps``.
         batch_size (int): Global batch size B.
         epoch_batches (int, optional): Iterations of one unpruned epoch, as the host's loader counts them.
             Defaults to ceil(N / B).
-        pass_steps (int, optional): Steps of the host's per-iteration schedulers in an unpruned epoch, where they
-            are not its iterations. Defaults to ``epoch_batches``.
+        accumulated (int): Iterations that make one step of the host's per-iteration schedulers; fewer at an epoch's
+            end make one as well. Defaults to 1.
         epoch_visits (int, optional): Visits of an unpruned epoch, where a ``drop_last`` of other batches leaves some
             out. Defaults to those in ``epoch_batches``.
+        max_steps (int, optional): Steps of the host's per-iteration schedulers in the whole unpruned training, at
+            least 1. Defaults to those of ``num_epochs`` epochs.
 
     Attributes:
         pass_steps (int): Steps of the host's per-iteration schedulers in a pass: those of an unpruned epoch of
             the run that made them.
+        max_steps (int, optional): As above.
     """
 
     loop = "epochs"
@@ -111,44 +114,72 @@ class EpochSchedule(Schedule):
     def __init__(
         self,
         num_samples: int,
-        num_epochs: int,
+        num_epochs: int | None,
         batch_size: int,
         epoch_batches: int | None = None,
-        pass_steps: int | None = None,
+        accumulated: int = 1,
         epoch_visits: int | None = None,
+        max_steps: int | None = None,
     ) -> None:
         super().__init__(num_samples, batch_size)
-        if num_epochs < 1:
-            raise ValueError(f"num_epochs={num_epochs}: the training needs at least one pass over the data")
         self._epoch_batches = math.ceil(num_samples / batch_size) if epoch_batches is None else epoch_batches
         whole = min(num_samples, self._epoch_batches * batch_size)
         self._epoch_visits = whole if epoch_visits is None else epoch_visits
-        self.pass_steps = self._epoch_batches if pass_steps is None else pass_steps
-        self.num_passes = num_epochs
-        self.total_samples = num_epochs * num_samples
-        self.total_steps = num_epochs * self.pass_steps
+        self.pass_steps = math.ceil(self._epoch_batches / accumulated)
+        self.max_steps = max_steps
+        if max_steps is None:
+            if num_epochs is None or num_epochs < 1:
+                raise ValueError(f"num_epochs={num_epochs}: the training needs at least one pass over the data")
+            self.num_passes, self._last_batches = num_epochs, self._epoch_batches
+            self.total_steps = num_epochs * self.pass_steps
+        else:
+            if max_steps < 1:
+                raise ValueError(f"max_train_steps={max_steps}: the training needs at least one step")
+            self.num_passes = math.ceil(max_steps / self.pass_steps)
+            rest = max_steps - (self.num_passes - 1) * self.pass_steps
+            self._last_batches = min(rest * accumulated, self._epoch_batches)
+            self.total_steps = max_steps
+        last = num_samples * self._last_batches // self._epoch_batches
+        self.total_samples = (self.num_passes - 1) * num_samples + last
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "pass_steps": self.pass_steps}
 
     def take_over(self, settings: Mapping[str, Any]) -> None:
         # Schedulers come out of a checkpoint with their own length: they go on in its unit.
-        self.pass_steps = int(settings.get("pass_steps", self.pass_steps))
+        theirs = int(settings.get("pass_steps", self.pass_steps))
+        if theirs != self.pass_steps:
+            self.pass_steps, self.total_steps = theirs, int(settings.get("total_steps", self.total_steps))
 
     def steps_before(self, pass_index: int) -> int:
-        return min(pass_index, self.num_passes) * self.pass_steps
+        if pass_index >= self.num_passes:
+            return self.total_steps
+        return pass_index * self.pass_steps
 
     def fit(self, plan: Plan, pass_index: int) -> Plan:
-        return plan
+        if not self._is_partial(pass_index):
+            return plan
+        batches = len(plan) * self._last_batches // (self._epoch_batches * self.batch_size)
+        return plan.first(max(1, batches) * self.batch_size if plan.pruned else self.full_visits(pass_index))
 
     def full_batches(self, pass_index: int) -> int:
-        return self._epoch_batches
+        return self._last_batches if self._is_partial(pass_index) else self._epoch_batches
 
     def full_visits(self, pass_index: int) -> int:
+        if self._is_partial(pass_index):
+            return min(self._epoch_visits, self._last_batches * self.batch_size)
         return self._epoch_visits
 
     def plan_visits(self, pass_index: int) -> int:
-        return self.num_samples  # what drop_last leaves out is in the plan
+        # What drop_last leaves out is in the plan.
+        return self.full_visits(pass_index) if self._is_partial(pass_index) else self.num_samples
+
+    def part(self, pass_index: int) -> tuple[int, int]:
+        """Batches of an unpruned pass, and of one that is whole."""
+        return self.full_batches(pass_index), self._epoch_batches
+
+    def _is_partial(self, pass_index: int) -> bool:
+        return pass_index == self.num_passes - 1 and self._last_batches < self._epoch_batches
 
 
 class IterSchedule(Schedule):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,15 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import plain
 from .distributed import Group, all_gather_ragged, world_size
 from .noise_levels import NoiseLevels
 from .pending import PendingRecords
-
-#: What a sample is ranked by; see :class:`ScoreStore`.
-SCORES = ("raw", "ema", "timestep")
-#: Decay of the average where nothing else is said: about ten visits, as a diffusion loss needs.
-DEFAULT_EMA = 0.9
+from .ranking import resolve_score
+from .unusable import UnusableVisits
 
 # Averages are taken in blocks of this many records, which are sorted: memory stays small.
 _BLOCK = 2**20
@@ -49,8 +44,8 @@ class ScoreStore:
         values (Tensor): Score of each sample, shape ``(num_samples,)``, float32; 0 where unseen.
         seen (Tensor): Whether a sample has a score, shape ``(num_samples,)``, bool.
         times_seen (Tensor): How often a score was recorded, shape ``(num_samples,)``, int32.
-        num_nonfinite (int): Losses that were NaN or infinite; never recorded.
-        num_invalid (int): Visits without a valid pixel, or of a replaced sample; never recorded.
+        unusable (UnusableVisits): Visits without a valid pixel, of a replaced sample, or with a loss that was NaN or
+            infinite; never recorded.
 
     Raises:
         ValueError: If ``num_samples`` is smaller than 1, or the score none of these.
@@ -64,15 +59,13 @@ class ScoreStore:
         self.score, self.score_ema = resolve_score(score, score_ema)
         self._group = group
         self.num_samples = int(num_samples)
-        self.values = torch.zeros(num_samples, dtype=torch.float32)
-        self.seen = torch.zeros(num_samples, dtype=torch.bool)
-        self.times_seen = torch.zeros(num_samples, dtype=torch.int32)
-        self.num_nonfinite = 0
-        self.num_invalid = 0
+        self.values = torch.zeros(num_samples, dtype=torch.float32, device="cpu")
+        self.seen = torch.zeros(num_samples, dtype=torch.bool, device="cpu")
+        self.times_seen = torch.zeros(num_samples, dtype=torch.int32, device="cpu")
+        self.unusable = UnusableVisits(num_samples, group)
         self._pending = PendingRecords()
         self._unmerged: list[_Records] = []
         self._levels = NoiseLevels(group) if self.score == "timestep" else None
-        self._uncounted = torch.zeros(2, dtype=torch.int64)  # counts that the other ranks do not know yet
 
     def record(
         self, indices: Tensor, losses: Tensor, valid: Tensor | None = None, log_snr: Tensor | None = None
@@ -108,7 +101,7 @@ class ScoreStore:
         real, finite = indices >= 0, torch.isfinite(losses)
         if self._levels is not None:
             finite &= ~levels.isnan()
-        self._count(nonfinite=int((real & valid & ~finite).sum()), invalid=int((real & ~valid).sum()))
+        self.unusable.record(blank=indices[real & ~valid], nonfinite=indices[real & valid & ~finite])
         usable = real & valid & finite
         indices, losses = indices[usable], losses[usable]
         if self._levels is not None:
@@ -117,11 +110,6 @@ class ScoreStore:
         if world_size(self._group) > 1:
             self._unmerged.append(_Records(indices, losses, self._held(indices)))
         self._write(indices, losses)
-
-    def _count(self, nonfinite: int, invalid: int) -> None:
-        self.num_nonfinite += nonfinite
-        self.num_invalid += invalid
-        self._uncounted += torch.tensor([nonfinite, invalid])
 
     def merge(self) -> None:
         """Exchange what each rank has recorded since the last merge; every rank must call it.
@@ -132,15 +120,12 @@ class ScoreStore:
         self.flush()
         if world_size(self._group) == 1:
             return
-        counts = torch.stack(all_gather_ragged(self._uncounted, self._group)).sum(0) - self._uncounted
-        self.num_nonfinite += int(counts[0])
-        self.num_invalid += int(counts[1])
-        self._uncounted.zero_()
+        self.unusable.merge()
         if self._levels is not None:
             self._levels.merge()
             return
-        indices = torch.cat([each.indices for each in self._unmerged] or [torch.empty(0, dtype=torch.int64)])
-        losses = torch.cat([each.losses for each in self._unmerged] or [torch.empty(0, dtype=torch.float32)])
+        indices = torch.cat([each.indices for each in self._unmerged] or [_none(torch.int64)])
+        losses = torch.cat([each.losses for each in self._unmerged] or [_none(torch.float32)])
         # Our own records are written already: take them back and write all ranks' in rank order, so that a
         # sample visited on two ranks ends with the same score everywhere.
         while self._unmerged:
@@ -163,8 +148,7 @@ class ScoreStore:
             "scores": self.values.clone(),
             "seen": self.seen.clone(),
             "times_seen": self.times_seen.clone(),
-            "num_nonfinite": self.num_nonfinite,
-            "num_invalid": self.num_invalid,
+            **self.unusable.state_dict(),
             "unmerged": self.unmerged,
             **({} if self._levels is None else {"noise_levels": self._levels.state_dict()}),
         }
@@ -173,14 +157,27 @@ class ScoreStore:
         """Take over a state; what was recorded since is forgotten."""
         self._pending.clear()
         self._unmerged = []
-        self._uncounted.zero_()
         self.values.copy_(state["scores"])
         self.seen.copy_(state["seen"])
         self.times_seen.copy_(state["times_seen"])
-        self.num_nonfinite = int(state["num_nonfinite"])
-        self.num_invalid = int(state["num_invalid"])
+        self.unusable.load_state_dict(state)
         if self._levels is not None:
             self._levels.load_state_dict(state["noise_levels"])
+
+    @property
+    def num_nonfinite(self) -> int:
+        """Visits whose loss was NaN or infinite."""
+        return self.unusable.num_nonfinite
+
+    @property
+    def num_invalid(self) -> int:
+        """Visits without a valid pixel, or of a replaced sample."""
+        return self.unusable.num_invalid
+
+    @property
+    def num_unscored(self) -> int:
+        """Samples that were visited and have no score: policies that go by scores never prune them."""
+        return int(torch.count_nonzero(self.unusable.samples & ~self.seen))
 
     @property
     def unmerged(self) -> bool:
@@ -238,7 +235,8 @@ def checked_level(log_snr: Tensor | None, losses: Tensor) -> Tensor:
             "score='timestep' needs the noise level of each sample: pass log_snr, the logarithm of its signal-to-noise "
             "ratio, with the losses, or use score='raw' or 'ema'"
         )
-    log_snr = torch.as_tensor(log_snr)
+    if not isinstance(log_snr, Tensor):  # of which as_tensor() would make one on the default device
+        log_snr = torch.as_tensor(log_snr, device=losses.device)
     if not log_snr.is_floating_point():
         raise ValueError(
             f"log_snr holds {log_snr.dtype}: it is the logarithm of the signal-to-noise ratio, not the timestep; "
@@ -252,45 +250,5 @@ def checked_level(log_snr: Tensor | None, losses: Tensor) -> Tensor:
     return log_snr.detach().to(torch.float32, copy=True)
 
 
-def resolve_score(score: str | None = None, score_ema: float | None = None) -> tuple[str, float]:
-    """What samples are ranked by, and the decay of its average.
-
-    Args:
-        score (str, optional): ``'raw'``, ``'ema'`` or ``'timestep'``. Defaults to None: as the decay says.
-        score_ema (float, optional): In [0, 1). Defaults to None: as the score says.
-
-    Returns:
-        tuple[str, float]: Both, as :class:`ScoreStore` describes them.
-
-    Raises:
-        ValueError: If one is out of its range, or they contradict each other.
-    """
-    if score_ema is not None:
-        check_score_ema(score_ema)
-    if score is None:
-        score = "ema" if score_ema else "raw"
-    if score not in SCORES:
-        raise ValueError(f"unknown score {score!r}: choose one of {SCORES}")
-    if score_ema is None:
-        score_ema = 0.0 if score == "raw" else DEFAULT_EMA
-    if (score == "raw" and score_ema) or (score == "ema" and not score_ema):
-        raise ValueError(
-            f"score={score!r} and score_ema={score_ema!r} contradict each other: 'raw' is the last loss (0), 'ema' an "
-            "average over visits (above 0)"
-        )
-    return score, float(score_ema)
-
-
-def check_score_ema(score_ema: float) -> None:
-    """Refuse a decay that is outside [0, 1)."""
-    if not is_number(score_ema) or not 0 <= score_ema < 1:
-        raise ValueError(
-            f"score_ema={score_ema!r} is outside [0, 1): it is the decay of the average over a sample's visits; use 0 "
-            "for its last loss, 0.5 or 0.8 for an average over about two or five"
-        )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a setting is a finite number, also one of numpy or in a 0-d tensor, and no bool."""
-    value = plain(value)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _none(dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device="cpu")

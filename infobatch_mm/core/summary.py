@@ -1,19 +1,14 @@
-"""What a run leaves behind in its directory."""
+"""The summary that a run leaves behind in its directory."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .scores import ScoreStore
-
 SUMMARY_FILE = "infobatch_summary.json"
-SCORES_FILE = "infobatch_scores.npz"
 
 #: Settings by which a summary is known to belong to the same run.
 _IDENTITY = ("policy", "prune_ratio", "delta", "num_samples")
@@ -24,29 +19,6 @@ def write_summary(work_dir: str, summary: dict[str, Any]) -> None:
     path = Path(work_dir, SUMMARY_FILE)
     partial = path.with_suffix(".json.tmp")
     partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def write_scores(work_dir: str, store: ScoreStore, names: Sequence[str] | None = None) -> None:
-    """Write ``infobatch_scores.npz``: ``index, score, times_seen, name`` of every sample.
-
-    Args:
-        work_dir (str): Where to.
-        store (ScoreStore): What to write; NaN stands for samples without a score.
-        names (Sequence[str], optional): Names of the samples. Defaults to None: '' for each.
-    """
-    store.flush()
-    scores = store.values.numpy().copy()
-    scores[~store.seen.numpy()] = np.nan
-    path = Path(work_dir, SCORES_FILE)
-    partial = path.with_name("infobatch_scores.tmp.npz")
-    np.savez_compressed(
-        partial,
-        index=np.arange(store.num_samples),
-        score=scores,
-        times_seen=store.times_seen.numpy(),
-        name=np.array(names if names else [""] * store.num_samples),
-    )
     os.replace(partial, path)
 
 

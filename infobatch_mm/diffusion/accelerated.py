@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
 import os
-import pickle
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.data_loader import skip_first_batches
 from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from ..core import EpochSchedule, NoPruning, Pruner, PruningPolicy, build_policy
-from ..core.checks import whole_number
-from ..core.distributed import gather, require_equal, world_size
-from ..core.pruner import damaged
-from ..core.scores import is_number
-from ..core.summary import check_summary, write_scores, write_summary
-from .loader import LoaderGeometry
-from .lr import PassScheduler
+from ..core.checks import checked_length, whole_number
+from ..core.distributed import require_equal
+from ..core.meeting import PATIENCE_S
+from ..core.score_file import write_scores
+from ..core.short_runs import short_run_line
+from ..core.summary import check_summary, write_summary
+from .batch import Batch, ranked_by
+from .checkpoints import CheckpointEntry, alike
+from .checks import check_accelerator, check_counts
+from .lengths import length_line
+from .loader import LoaderGeometry, PrunedLoader
+from .lr import PassScheduler, steps_by_update, warn_of_others
+from .updates import steps_due, updates_expected
+from .walk import PassWalk
 
 
 class AcceleratedInfoBatch:
@@ -44,9 +41,12 @@ class AcceleratedInfoBatch:
         accelerator (Accelerator): The run's.
         dataloader (DataLoader): The training data, before it is prepared: a map-style data set, a batch size,
             ``shuffle=True`` or ``False``.
-        num_epochs (int): Passes over the data in the whole training, at least 1.
+        num_epochs (int, optional): Passes over the data in the whole training, at least 1.
         prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
         delta (float): Share of the training after which every sample is visited, in (0, 1]. Defaults to 0.875.
+        max_train_steps (int, optional): Optimiser steps of the whole unpruned training, at least 1, where the script
+            counts it so; takes the place of ``num_epochs``. The last pass may then be partial, and a pruned training
+            makes fewer steps.
         policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, a registered policy of your own by its name
             or as ``dict(type=name, ...)``, or an instance; ``'none'`` keeps the loader's own sampler and order, records
             scores and weighs nothing. Defaults to ``'infobatch'``.
@@ -69,7 +69,7 @@ class AcceleratedInfoBatch:
         >>> model, optimizer, train_dataloader, lr_scheduler = infobatch.prepare(
         ...     model, optimizer, train_dataloader, lr_scheduler
         ... )
-        >>> for epoch in range(infobatch.passes_done, 100):
+        >>> for epoch in range(infobatch.passes_done, infobatch.num_passes):
         ...     for batch in train_dataloader:
         ...         with accelerator.accumulate(model):
         ...             losses = F.mse_loss(model(batch["x"]), batch["y"], reduction="none")
@@ -85,10 +85,11 @@ class AcceleratedInfoBatch:
         self,
         accelerator: Accelerator,
         dataloader: DataLoader,
-        num_epochs: int,
+        num_epochs: int | None = None,
         prune_ratio: float = 0.5,
         delta: float = 0.875,
         *,
+        max_train_steps: int | None = None,
         policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
         seed: int = 0,
         item_seed: bool = False,
@@ -96,8 +97,8 @@ class AcceleratedInfoBatch:
         score_ema: float | None = None,
         fingerprint: str = "",
     ) -> None:
-        _check_accelerator(accelerator)
-        num_epochs = whole_number("num_epochs", num_epochs, 1, "the training needs at least one pass over the data")
+        check_accelerator(accelerator)
+        num_epochs, max_train_steps = checked_length(num_epochs, max_train_steps)
         seed = whole_number("seed", seed, 0, "use 0 or a positive number")
         chosen = build_policy(policy, prune_ratio, delta)
         if getattr(dataloader, "_is_accelerate_prepared", False):
@@ -105,52 +106,53 @@ class AcceleratedInfoBatch:
                 "the train dataloader is prepared already: give it to AcceleratedInfoBatch as it was before "
                 "accelerator.prepare, and call infobatch.prepare in its place"
             )
-        self._geometry = LoaderGeometry(accelerator, dataloader)
+        geometry = LoaderGeometry(accelerator, dataloader)
         num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
         self._keeps_order = isinstance(chosen, NoPruning)
-        if self._geometry.batch_size > num_samples and not self._keeps_order:
+        if geometry.batch_size > num_samples and not self._keeps_order:
             raise ValueError(
-                f"one global batch holds {self._geometry.batch_size} samples but the data set only {num_samples}: "
+                f"one global batch holds {geometry.batch_size} samples but the data set only {num_samples}: "
                 "there is nothing to prune within a pass; use a smaller batch size"
             )
         self._accelerator = accelerator
-        self._pass_updates = math.ceil(self._geometry.epoch_batches / accelerator.gradient_accumulation_steps)
+        self._accumulated = accelerator.gradient_accumulation_steps
+        # accelerate makes one step per process at each update, unless batches are split among them: as many here,
+        # so that the learning rates are the same on any number of processes.
+        self._per_update = 1 if accelerator.split_batches else accelerator.num_processes
         schedule = EpochSchedule(
-            num_samples, num_epochs, self._geometry.batch_size, self._geometry.epoch_batches, self._pass_updates
+            num_samples,
+            num_epochs,
+            geometry.batch_size,
+            geometry.epoch_batches,
+            self._accumulated,
+            max_steps=max_train_steps,
         )
-        self._pruner = Pruner(schedule, chosen, seed, self._geometry.shuffle, fingerprint, item_seed, score_ema, score)
+        self._own_steps = schedule.settings()
+        pruner = Pruner(schedule, chosen, seed, geometry.shuffle, fingerprint, item_seed, score_ema, score)
         require_equal(
             num_samples=num_samples,
             num_epochs=num_epochs,
+            max_train_steps=max_train_steps,
             **chosen.settings(),
             seed=seed,
             item_seed=item_seed,
-            score=self._pruner.store.score,
-            score_ema=self._pruner.store.score_ema,
+            score=pruner.store.score,
+            score_ema=pruner.store.score_ema,
             fingerprint=fingerprint,
         )
+        self._pruner, self._geometry, self._schedule = pruner, geometry, schedule
+        self._walk = PassWalk(accelerator, pruner, geometry, self._keeps_order, self._check_schedulers)
         self._dataloader = dataloader
-        self._rebuilt = self._geometry.rebuilt(dataloader, self._pruner, self._keeps_order)
+        self._rebuilt = geometry.rebuilt(dataloader, pruner, self._keeps_order)
         self._schedulers: list[PassScheduler] = []
-        self._walks = 0
-        self._touched = False  # whether anything was weighed in the walk in hand
-        self._begun: tuple[int, int] | None = None  # pass and position where it began
-        self._in_hand: _Batch | None = None
-        self._late: list[tuple[_Batch, Tensor, Tensor | None]] = []
-        self._loss: Tensor | None = None
-        self._iterations = 0
-        self._updates_done = 0
-        self._nonfinite_known = 0
-        self._time_before = 0.0
-        self._started = time.perf_counter()
+        self._checkpoints: CheckpointEntry
+        self._last: tuple[Batch, Tensor] | None = None  # what was weighed last, and its losses
         for earlier in [each for each in accelerator._custom_objects if isinstance(each, AcceleratedInfoBatch)]:
-            if _alike(earlier._dataloader.dataset, dataloader.dataset):
-                earlier._detach()  # of an attempt with another batch size, as find_executable_batch_size makes
-        accelerator.register_for_checkpointing(self)
-        self._hooks = [
-            accelerator.register_load_state_pre_hook(self._check_checkpoint),
-            accelerator.register_save_state_pre_hook(self._check_merged),
-        ]
+            if alike(earlier._dataloader.dataset, dataloader.dataset):
+                earlier._checkpoints.remove()  # of an attempt with another batch size
+        self._checkpoints = CheckpointEntry(accelerator, self, self.check_state, pruner.store)
+        if accelerator.is_main_process and (line := short_run_line(pruner)):
+            warnings.warn(line, stacklevel=2)
 
     # ---- what the script calls ---------------------------------------------------------------------
 
@@ -160,7 +162,8 @@ class AcceleratedInfoBatch:
         Args:
             objects: As for ``accelerator.prepare``; the train dataloader must be one of them. Learning-rate
                 schedulers then step by progress: a pruned pass takes them as far as a full one. One that is stepped
-                once per epoch is ``accelerator.prepare``'s; ``ReduceLROnPlateau`` is left as it is.
+                once per epoch is ``accelerator.prepare``'s; ``ReduceLROnPlateau`` is left as it is. One that is made
+                for another number of updates than the training makes is warned of.
             kwargs: As for ``accelerator.prepare``.
 
         Returns:
@@ -180,10 +183,9 @@ class AcceleratedInfoBatch:
         prepared = list(prepared) if len(objects) > 1 else [prepared]
         for i, (each, result) in enumerate(zip(objects, prepared, strict=True)):
             if each is self._dataloader:
-                prepared[i] = PrunedLoader(self, result, self._dataloader)
-            elif _steps_by_update(result) and not self._keeps_order:
-                prepared[i] = PassScheduler(result, self._steps_due, lambda: self._updates_done, self._pass_updates)
-                self._schedulers.append(prepared[i])
+                prepared[i] = self._pruned_loader(result)
+            elif steps_by_update(result) and not self._keeps_order:
+                prepared[i] = self._pass_scheduler(result)
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
     def weigh(self, losses: Tensor, scores: Tensor | None = None, log_snr: Tensor | None = None) -> Tensor:
@@ -196,7 +198,8 @@ class AcceleratedInfoBatch:
                 element, e.g. from ``F.mse_loss(..., reduction='none')``; averaged over all but the first dimension.
                 Left untouched.
             scores (Tensor, optional): What to rank the samples by in place of the losses, of the same kind: e.g.
-                the losses before Min-SNR weighting. Defaults to the losses.
+                the losses before Min-SNR weighting. Not recorded where the loss is NaN or infinite. Defaults to the
+                losses.
             log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
                 shape ``(B,)``, as :func:`.log_snr` has it of a scheduler of diffusers; needed for ``score='timestep'``,
                 not looked at otherwise.
@@ -208,50 +211,53 @@ class AcceleratedInfoBatch:
         Raises:
             ValueError: If no batch is in hand, the shapes do not fit it, or ``log_snr`` is needed and missing.
         """
-        batch = self._in_hand
+        batch = self._walk.in_hand
         if batch is None:
             raise ValueError("no batch is in hand: walk the loader that infobatch.prepare() returned, then weigh")
         per_sample = batch.per_sample(losses, "losses")
-        ranked = per_sample if scores is None else batch.per_sample(scores, "scores")
-        self._loss = per_sample.detach().mean()
-        weighted = per_sample.mean() if batch.weights is None else (batch.weights * per_sample).mean()
-        if not batch.is_weighed:
-            batch.is_weighed = True
-            self._iterations += 1
-            self._updates_done += self._accelerator.sync_gradients
-            if batch.is_settled:
-                self._late.append((batch, ranked.detach(), log_snr))
-            else:
-                self._pruner.record(batch.index, ranked, log_snr=log_snr)
-                self._touched = True
-                self._advance()
-        return weighted
+        ranked = per_sample if scores is None else ranked_by(per_sample, batch.per_sample(scores, "scores"))
+        self._last = batch, per_sample.detach()
+        self._walk.take(batch, ranked, log_snr)
+        return batch.weighted(per_sample)
 
     @property
     def index(self) -> Tensor:
         """Sample indices of the batch in hand, shape ``(B,)``, int64, on the accelerator's device."""
-        if self._in_hand is None:
+        if self._walk.in_hand is None:
             raise ValueError("no batch is in hand: infobatch.index is that of the batch that the loader gave last")
-        return self._in_hand.index
+        return self._walk.in_hand.index
 
     @property
     def loss(self) -> Tensor:
-        """Mean loss of the batch weighed last on this process, without weights: the unpruned run's, for the log."""
-        if self._loss is None:
+        """Mean loss of the batch weighed last on this process, ``sum(w * l) / sum(w)``, for the log: a scalar, float32.
+
+        An estimate of what the unpruned run would log: the plain mean is over the samples that were kept, which are
+        harder. In passes that are not pruned it is the plain mean.
+
+        Raises:
+            ValueError: If no batch was weighed yet.
+        """
+        if self._last is None:
             raise ValueError(
                 "no batch was weighed yet: call infobatch.weigh() first, infobatch.loss is that of the last batch"
             )
-        return self._loss
+        batch, losses = self._last
+        return batch.mean(losses)
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of the whole training, where a script's loop over epochs ends; the last one may be partial."""
+        return self._schedule.num_passes
 
     @property
     def passes_done(self) -> int:
         """Passes that are done; where a script's loop over epochs goes on after a resume."""
-        return self._pruner.pass_index + self._is_pass_over
+        return self._pruner.pass_index + self._walk.is_pass_over
 
     @property
     def updates_done(self) -> int:
         """Optimiser steps made so far, with the accelerator's gradient accumulation."""
-        return self._updates_done
+        return self._walk.updates_done
 
     @property
     def updates_expected(self) -> int:
@@ -259,44 +265,40 @@ class AcceleratedInfoBatch:
 
         For a progress bar's remaining time. Exact from the last pruned pass on.
         """
-        pruner, schedule = self._pruner, self._pruner.schedule
-        kept = [entry["kept_ratio"] for entry in pruner.history if self._prunes(entry["pass"])]
-        ratio = kept[-1] if kept else 1.0
-        whole = schedule.full_visits(0)
-        total, accumulated = self._updates_done, self._accelerator.gradient_accumulation_steps
-        is_begun = not pruner.finished and (pruner.plan is not None or pruner.visited > 0)
-        if is_begun and not self._is_pass_over:
-            total += math.ceil(self._batches / accumulated) - self._batches_done // accumulated
-        if pruner.plan is not None and pruner.plan.pruned:
-            ratio = len(pruner.plan) / whole
-        for coming in range(pruner.pass_index + is_begun, schedule.num_passes):
-            total += self._updates(round(whole * ratio) if self._prunes(coming) else whole)
-        return total
+        return updates_expected(self._walk, self._pruner, self._geometry.batch_size, self._accumulated)
 
-    def merge(self) -> None:
+    def merge(self, timeout_s: float = PATIENCE_S) -> None:
         """Exchange the scores of this pass among the processes; all of them must call it before ``save_state``.
 
-        It may be called at any step, any number of times; in one process it does nothing.
+        It may be called at any step, any number of times; in one process it only ends a pass that is over.
+
+        Args:
+            timeout_s (float): Seconds to wait for the other processes. Defaults to 60.
+
+        Raises:
+            ValueError: If they have not come by then, as where it is called on the main process alone.
         """
-        if self._is_pass_over:
-            self._finish_pass()
-        self._settle_late()
-        self._pruner.merge()
+        self._walk.merge(timeout_s)
 
     def logs(self) -> dict[str, float]:
         """Scalars of the last finished pass, for ``accelerator.log``; empty before there is one."""
         return self._pruner.scalars()
 
     def summary(self) -> dict[str, Any]:
-        """Policy, passes, visits, saved share, iterations, time and one entry per pass, as plain numbers."""
+        """Policy, passes, visits, saved share, iterations, time and one entry per pass, as plain numbers.
+
+        On several processes, visits that others skipped since the last :meth:`merge` are not known.
+        """
+        schedule = self._schedule
         return self._pruner.summary(
-            iterations=self._iterations,
-            iterations_full=self._pruner.schedule.num_passes * self._geometry.epoch_batches,
-            wall_time_s=round(self._wall_time(), 3),
+            is_over=self._walk.is_pass_over,
+            iterations=self._walk.iterations,
+            iterations_full=sum(schedule.full_batches(p) for p in range(schedule.num_passes)),
+            wall_time_s=round(self._walk.wall_time_s, 3),
         )
 
     def write(self, output_dir: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
-        """Write ``infobatch_summary.json`` and ``infobatch_scores.npz``, on the main process.
+        """Write ``infobatch_summary.json`` and the scores (:func:`.write_scores`), on the main process.
 
         Args:
             output_dir (str | PathLike): Where to; made if it is not there.
@@ -325,24 +327,16 @@ class AcceleratedInfoBatch:
         """State for a checkpoint, as ``accelerator.save_state`` asks for it; plain tensors and numbers."""
         return {
             **self._pruner.state_dict(),
-            "num_epochs": self._pruner.schedule.num_passes,
-            "iterations": self._iterations,
-            "updates": self._updates_done,
-            "wall_time_s": self._wall_time(),
+            "num_epochs": self._schedule.num_passes,
+            "iterations": self._walk.iterations,
+            "updates": self._walk.updates_done,
+            "wall_time_s": self._walk.wall_time_s,
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a state of another run; see :meth:`load_state_dict`."""
         self._pruner.check_state(state)
-        for key in ("num_epochs", "iterations", "updates", "wall_time_s"):
-            if not is_number(state.get(key)) or state[key] < 0:
-                raise damaged(key)
-        epochs = self._pruner.schedule.num_passes
-        if state["num_epochs"] != epochs:
-            raise ValueError(
-                f"cannot resume: the checkpoint is of a training of {state['num_epochs']} epochs, this one has "
-                f"{epochs}; annealing and learning rate go by their number: use the same"
-            )
+        check_counts(state, self._schedule)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the next unvisited position of the same plan, as ``accelerator.load_state`` asks for it.
@@ -353,306 +347,41 @@ class AcceleratedInfoBatch:
         """
         self.check_state(state)
         self._pruner.load_state_dict(state)
-        schedule = self._pruner.schedule
-        assert isinstance(schedule, EpochSchedule)
         for each in self._schedulers:
             each.forget()
         if all(each.follows_its_arguments for each in self._schedulers):
-            schedule.pass_steps = self._pass_updates
-        self._iterations = int(state["iterations"])
-        self._updates_done = int(state["updates"])
-        self._nonfinite_known = self._pruner.store.num_nonfinite
-        self._time_before = float(state["wall_time_s"])
-        self._started = time.perf_counter()
-        self._in_hand, self._touched, self._late, self._begun = None, False, [], None
+            self._schedule.take_over(self._own_steps)
+        self._walk.iterations = int(state["iterations"])
+        self._walk.updates_done = int(state["updates"])
+        self._walk.restart(float(state["wall_time_s"]))
 
-    def _check_checkpoint(self, models: Any, input_dir: str) -> None:
-        """Refuse a checkpoint that this run cannot go on from before accelerate loads half of it."""
-        objects = self._accelerator._custom_objects  # saved under their numbers
-        path = Path(input_dir, f"custom_checkpoint_{objects.index(self)}.pkl")
-        state: Mapping[str, Any] = {}
-        with contextlib.suppress(OSError, pickle.UnpicklingError):  # no file, or another object's
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if "pass_index" not in state:
-            raise ValueError(
-                f"cannot resume: the checkpoint {input_dir} was saved without InfoBatch; finish that run without it, "
-                "or start a new one from its weights"
-            )
-        self.check_state(state)
+    # ---- what is wired ------------------------------------------------------------------------------
 
-    def _detach(self) -> None:
-        """Have the accelerator forget this object."""
-        self._accelerator._custom_objects.remove(self)
-        for hook in self._hooks:
-            hook.remove()
+    def _pruned_loader(self, prepared: DataLoader) -> PrunedLoader:
+        walk = self._walk
+        return PrunedLoader(
+            lambda: walk.walk(prepared), lambda: walk.length, self._dataloader, self._geometry.batch_size
+        )
 
-    def _check_merged(self, models: Any, weights: Any, output_dir: str) -> None:
-        self._pruner.store.flush()
-        if self._pruner.store.unmerged:
-            warnings.warn(
-                "the scores of the other processes are not in this checkpoint: call infobatch.merge() on every process "
-                "before accelerator.save_state()",
-                stacklevel=2,
-            )
-
-    # ---- passes ------------------------------------------------------------------------------------
-
-    def _walk(self, prepared: DataLoader) -> Iterator[Any]:
-        """Walk a new pass; the rest of the pass in hand after a resume, or if nothing was weighed of it so far."""
-        if self._touched or self._is_pass_over:
-            self._finish_pass()  # it was broken off, or a state was saved at its very end
-        if not self._walks:
-            self._check_schedulers()
-        if self._pruner.finished:
-            epochs = self._pruner.schedule.num_passes
-            warnings.warn(
-                f"pass {self._pruner.pass_index + 1} of a training of {epochs} epochs, which is done: let the script's "
-                f"loop be `for epoch in range(infobatch.passes_done, {epochs})`",
-                stacklevel=3,
-            )
-        self._walks += 1
-        walk, self._in_hand = self._walks, None
-        if not self._keeps_order:
-            self._pruner.begin_pass()
-        self._settle_late()  # only now: on no process may they change the plan
-        current = self._pruner.pass_index
-        if self._begun is not None and self._begun[0] == current:  # of the walk before nothing was weighed
-            self._pruner.visited, self._pruner.own_skipped = self._begun[1], 0
-        start = self._pruner.visited
-        self._begun = (current, start)
-        done = self._batches_done
-        # A host's own order begins anew, or where its seedable sampler was, and is skipped through.
-        prepared.set_epoch(self._pruner.pass_index)  # type: ignore[attr-defined]
-        loader = skip_first_batches(prepared, done) if done and self._keeps_order else prepared
-        loader.iteration = self._pruner.pass_index  # type: ignore[attr-defined]
-        batches = iter(loader)
-        with _draws_nothing(loader) if done else contextlib.nullcontext():
-            first = next(batches, None)
-        plan = self._pruner.plan
-        if plan is not None and plan.pruned:
-            loader.remainder = -1  # every batch is full; accelerate takes it from the size of the data set
-        for index, batch in itertools.chain([] if first is None else [first], batches):
-            self._settle()
-            weights = None if self._keeps_order else self._pruner.weights(index)
-            self._in_hand = _Batch(index, weights, self._pruner.pass_index)
-            yield batch
-            if walk != self._walks:
-                raise ValueError(
-                    "the train dataloader is walked by two iterators at once: another one began a pass in the midst of "
-                    "this one; let one walk end before the next begins"
-                )
-        self._settle()
-        if self._pruner.pass_index != current:
-            return  # merge() has ended it with its last batch
-        # Where some processes have no last batch, the others still train on theirs: they meet at the next walk.
-        meets = not self._geometry.ragged or (plan is not None and plan.pruned)
-        if any(gather(self._touched)) if meets else self._touched or first is None:
-            self._pruner.visited = self._visits  # also where the last batch was the other processes'
-            if meets:
-                self._finish_pass()
-        else:  # a walk of which nothing is weighed counts for nothing
-            self._pruner.visited, self._pruner.own_skipped = start, 0
-
-    def _settle(self) -> None:
-        """Count the visits of a batch that was handed out and not weighed, as after a loss that is NaN."""
-        batch = self._in_hand
-        if batch is None or batch.is_weighed or batch.is_settled:
-            return
-        batch.is_settled = True
-        self._pruner.own_skipped += len(batch.index)
-        self._advance()
-
-    def _settle_late(self) -> None:
-        """Take down what was weighed after its pass had ended, as loops do that fetch one batch ahead."""
-        late, self._late = self._late, []
-        for batch, ranked, log_snr in late:
-            self._pruner.record(batch.index, ranked, log_snr=log_snr)
-            self._pruner.correct(batch.pass_index, len(batch.index))
-
-    def _check_schedulers(self) -> None:
-        """Say so if a schedule is left to count updates, of which there are fewer."""
-        ours = {id(each.prepared) for each in self._schedulers}
-        apart = [each for each in self._accelerator._schedulers if id(each) not in ours and _steps_by_update(each)]
-        if apart and not self._keeps_order:
-            warnings.warn(
-                f"a {type(apart[0].scheduler).__name__} was not given to infobatch.prepare(): if it is stepped with "
-                "every update, it will not reach its end, for a pruned training makes fewer of them",
-                stacklevel=3,
-            )
-
-    def _length(self) -> int:
-        return self._batches if self._walks else self._geometry.epoch_batches
-
-    @property
-    def _batches(self) -> int:
-        """Steps of the current pass."""
-        return self._geometry.epoch_batches if self._keeps_order else self._pruner.batches
-
-    @property
-    def _visits(self) -> int:
-        """Visits of the current pass, over all processes."""
-        plan = self._pruner.plan
-        return self._pruner.schedule.num_samples if plan is None else len(plan)
-
-    @property
-    def _batches_done(self) -> int:
-        return math.ceil(self._pruner.visited / self._geometry.batch_size)
-
-    @property
-    def _is_pass_over(self) -> bool:
-        return self._pruner.visited > 0 and self._batches_done >= self._batches
-
-    def _advance(self) -> None:
-        """Move on by the batch in hand, of all processes."""
-        self._pruner.advance(min(self._geometry.batch_size, self._visits - self._pruner.visited))
-
-    def _finish_pass(self) -> None:
-        """End the pass, and say so if some of it gave no scores; every process must call it."""
-        self._touched = False
-        entry = self._pruner.finish_pass()
-        found = self._pruner.store.num_nonfinite
-        fresh, self._nonfinite_known = found - self._nonfinite_known, found
-        if not self._accelerator.is_main_process:
-            return
-        if fresh:
-            warnings.warn(
-                f"{fresh} visits of pass {self._pruner.pass_index} had a loss, or a noise level, "
-                "that is not finite: they are no scores, and samples without one are never pruned",
-                stacklevel=4,
-            )
-        if entry["skipped"]:
-            warnings.warn(
-                f"{entry['skipped']} visits of pass {self._pruner.pass_index} were handed out and not weighed: call "
-                "infobatch.weigh() for every batch; after a resume skip none, the loader goes on where the checkpoint "
-                "was saved",
-                stacklevel=4,
-            )
-
-    def _prunes(self, pass_index: int) -> bool:
-        return self._pruner.policy.is_active(self._pruner.schedule.progress(pass_index))
-
-    def _updates(self, visits: int) -> int:
-        batches = math.ceil(visits / self._geometry.batch_size)
-        return math.ceil(batches / self._accelerator.gradient_accumulation_steps)
+    def _pass_scheduler(self, prepared: AcceleratedScheduler) -> PassScheduler:
+        own_steps = self._own_steps["pass_steps"]
+        scheduler = PassScheduler(prepared, self._steps_due, lambda: self._walk.updates_done, own_steps)
+        line = length_line(prepared.scheduler, self._schedule, self._per_update, self._accumulated)
+        if line is not None and self._accelerator.is_main_process:
+            warnings.warn(line, stacklevel=3)
+        self._schedulers.append(scheduler)
+        return scheduler
 
     def _steps_due(self) -> int:
         """Scheduler steps that the unpruned run would have taken by now."""
-        pruner, schedule = self._pruner, self._pruner.schedule
-        if pruner.visited:
-            updates = math.ceil(self._batches / self._accelerator.gradient_accumulation_steps)
-            due = schedule.steps_at(pruner.pass_index, self._updates(pruner.visited), updates)
-        else:
-            due = schedule.steps_before(pruner.pass_index)
-        # accelerate makes one step per process at each update, unless batches are split among them: as many here,
-        # so that the learning rates are the same on any number of processes.
-        return due * (1 if self._accelerator.split_batches else self._accelerator.num_processes)
+        due = steps_due(self._walk, self._pruner, self._geometry.batch_size, self._accumulated)
+        return due * self._per_update
 
-    def _wall_time(self) -> float:
-        return self._time_before + time.perf_counter() - self._started
-
-
-class PrunedLoader:
-    """The prepared train dataloader: each walk is one pass, or the rest of it, of the user's own batches.
-
-    Attributes:
-        dataset: The user's data set.
-    """
-
-    def __init__(self, infobatch: AcceleratedInfoBatch, prepared: DataLoader, dataloader: DataLoader) -> None:
-        self._infobatch = infobatch
-        self._prepared = prepared
-        self.dataset = dataloader.dataset
-        self.batch_size = dataloader.batch_size
-        self.num_workers = dataloader.num_workers
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._infobatch._walk(self._prepared)
-
-    def __len__(self) -> int:
-        return self._infobatch._length()
+    def _check_schedulers(self) -> None:
+        """Say so if a schedule is left to count updates, of which there are fewer."""
+        if not self._keeps_order:
+            warn_of_others(self._accelerator, self._schedulers)
 
     @property
-    def total_batch_size(self) -> int:
-        """Samples in a batch of all processes."""
-        return self._infobatch._geometry.batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Does nothing: the pass is known. Present because scripts call it."""
-
-    @property
-    def sampler(self) -> Any:
-        """Asked for by ``accelerator.skip_first_batches``, which has nothing to do here."""
-        raise AttributeError(
-            "the loader of infobatch.prepare() goes on by itself where a resumed run was: leave out skip_first_batches"
-        )
-
-
-@dataclass
-class _Batch:
-    """The batch in hand: indices, shape ``(B,)``; weights, shape ``(B,)``, None for ones; its pass."""
-
-    index: Tensor
-    weights: Tensor | None
-    pass_index: int
-    is_weighed: bool = False
-    is_settled: bool = False
-
-    def per_sample(self, values: Tensor, name: str) -> Tensor:
-        """One float32 value for each sample."""
-        if values.dim() == 0 or len(values) != len(self.index):
-            raise ValueError(
-                f"weigh() needs {name} of {len(self.index)} samples, shape ({len(self.index)}, ...), but got shape "
-                f"{tuple(values.shape)}: use reduction='none', and hand over the losses of the whole batch"
-            )
-        return values.float().flatten(1).mean(1) if values.dim() > 1 else values.float()
-
-
-def _check_accelerator(accelerator: Accelerator) -> None:
-    if not isinstance(accelerator, Accelerator):
-        raise ValueError(
-            f"AcceleratedInfoBatch needs the run's Accelerator, got {type(accelerator).__name__}; without accelerate "
-            "use infobatch_mm.InfoBatch"
-        )
-    if accelerator.use_stateful_dataloader:
-        raise ValueError(
-            "use_stateful_dataloader=True: the loader would resume where it was, and InfoBatch, which saves the "
-            "position of each pass itself, a second time; leave it out of DataLoaderConfiguration"
-        )
-    if accelerator.gradient_accumulation_steps > 1 and not accelerator.gradient_state.sync_with_dataloader:
-        raise ValueError(
-            "sync_with_dataloader=False: gradients would be accumulated across the ends of passes, of which learning "
-            "rates by progress know nothing; leave it out of GradientAccumulationPlugin"
-        )
-    mesh = getattr(accelerator, "torch_device_mesh", None)
-    shared = [name for name in (mesh.mesh_dim_names or () if mesh else ()) if name in ("tp", "cp", "sp")]
-    if shared:
-        raise ValueError(
-            f"the accelerator's device mesh has a dimension {shared[0]!r}, in which processes see the same samples: "
-            "pruning needs data parallelism alone"
-        )
-    if accelerator.num_processes != world_size():
-        raise ValueError(
-            f"accelerate shares the data among {accelerator.num_processes} processes, torch.distributed knows "
-            f"{world_size()}: pruning needs data parallelism alone, with the process group of the Accelerator"
-        )
-
-
-def _alike(one: Any, other: Any) -> bool:
-    """Whether two data sets may be one that was made twice."""
-    return one is other or (type(one) is type(other) and len(one) == len(other))
-
-
-def _steps_by_update(scheduler: Any) -> bool:
-    """Whether it is a prepared schedule of updates: not one of validations, nor one that another engine steps."""
-    return type(scheduler) is AcceleratedScheduler and not isinstance(scheduler.scheduler, ReduceLROnPlateau)
-
-
-@contextlib.contextmanager
-def _draws_nothing(loader: DataLoader) -> Iterator[None]:
-    """Have a loader seed its workers from a generator of its own, so that resuming leaves the global one in place."""
-    base = getattr(loader, "base_dataloader", loader)
-    own, base.generator = base.generator, torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    try:
-        yield
-    finally:
-        base.generator = own
+    def _in_hand(self) -> Batch | None:
+        return self._walk.in_hand

@@ -38,7 +38,7 @@ class Draws:
     @cached_property
     def posterior(self) -> Tensor:
         """More of the kind of ``noise``, for first stages whose latents are random; drawn only if asked for."""
-        return torch.stack([torch.randn(self.noise.shape[1:], generator=each) for each in self._generators])
+        return torch.stack([_normal(self.noise.shape[1:], each) for each in self._generators])
 
 
 def draw(
@@ -60,9 +60,15 @@ def draw(
         Draws: Of the batch.
     """
     generators = [rng.generator(seed, pass_index, int(index), repeat) for index in indices]
-    timesteps = torch.stack([torch.randint(num_timesteps, (), generator=each) for each in generators])
-    noise = torch.stack([torch.randn(*shape, generator=each) for each in generators])
+    here = {"dtype": torch.int64, "device": "cpu"}
+    timesteps = torch.stack([torch.randint(num_timesteps, (), generator=each, **here) for each in generators])
+    noise = torch.stack([_normal(shape, each) for each in generators])
     return Draws(noise, timesteps, generators)
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    # Neither the dtype nor the device that a script has set as its default: the draws would be others.
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def in_part(timesteps: Tensor, part: int, parts: int, num_timesteps: int) -> Tensor:
@@ -94,8 +100,9 @@ def log_snr(scheduler: Any, timesteps: Tensor) -> Tensor:
     """
     if hasattr(scheduler, "alphas_cumprod"):
         return compute_snr(scheduler, timesteps).log().float()
-    sigmas = timesteps.double() / scheduler.config.num_train_timesteps
-    return (2 * torch.log((1 - sigmas) / sigmas)).float()
+    # (T - t) / t in place of (1 - sigma) / sigma: exact enough in float32, which all devices have.
+    noisy = timesteps.float()
+    return 2 * torch.log((scheduler.config.num_train_timesteps - noisy) / noisy)
 
 
 class Denoising:
@@ -196,7 +203,7 @@ def losses_over_timesteps(
             drawn = draw(range(first, first + len(clean)), clean.shape[1:], num_timesteps, 0, _HELD_OUT, repeat)
             timesteps = in_part(drawn.timesteps, repeat, draws_per_image, num_timesteps)
             _, losses = denoising.losses(model, clean.to(device), drawn.noise.to(device), timesteps.to(device))
-            columns.append(losses.double().cpu())
+            columns.append(losses.cpu().double())  # not every device has float64
         rows.append(torch.stack(columns, dim=1))
         first += len(clean)
     return torch.cat(rows)

@@ -117,9 +117,9 @@ def sample(
     sampler.set_progress_bar_config(disable=True)
     step = sampler.scheduler.step
     resolution = resolution_of(pipeline)
-    samples = torch.empty(num_samples, 3, resolution, resolution, dtype=torch.uint8)
+    samples = torch.empty(num_samples, 3, resolution, resolution, dtype=torch.uint8, device="cpu")
     bar = tqdm(total=num_samples, desc="sampling", unit="image")
-    for part in torch.arange(num_samples).split(batch_size):
+    for part in torch.arange(num_samples, device="cpu").split(batch_size):
         generators = [rng.generator(seed, _SAMPLES, int(index)) for index in part]
         sampler.scheduler.step = partial(step, generator=generators)
         images = sampler(
@@ -336,7 +336,7 @@ def loss_by_band(losses: Tensor, scheduler: Any, bands: int) -> list[dict[str, f
     for band, part in enumerate(losses.chunk(bands, dim=1)):
         begin, end = band * part.shape[1], (band + 1) * part.shape[1]
         first, last = begin * num_timesteps // draws, (end * num_timesteps - 1) // draws
-        level = log_snr(scheduler, torch.arange(first, last + 1)).double().mean()
+        level = log_snr(scheduler, torch.arange(first, last + 1, device="cpu")).double().mean()
         rows.append(
             {"first_timestep": first, "last_timestep": last, "log_snr": float(level), "loss": float(part.mean())}
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -283,7 +284,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    return F.to_tensor(image) * 2 - 1
+    # As torchvision's to_tensor, but float32 and on the CPU whatever a script has set as its default.
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255) * 2 - 1
 
 
 def _in_threads(function: Callable[[int], T], indices: Iterable[int]) -> Iterator[T]:

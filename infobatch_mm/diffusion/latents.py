@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..core.distributed import raise_together
+from ..core.distributed import gather, raise_together
 from ..core.summary import differences
 from .first_stage import FirstStage, fingerprint, latent_shape, moments
 from .images import Images
@@ -29,6 +30,8 @@ except ImportError:  # not on Unix
 #: Version of the files.
 _VERSION = 1
 _LATENTS, _ABOUT = "latents.npy", "latents.json"
+#: Seconds after which a file that another process has made counts as not to be seen.
+_PATIENCE_S = 5.0
 
 
 class CachedLatents(Dataset):
@@ -59,7 +62,8 @@ class CachedLatents(Dataset):
         if self._stored is None:  # each worker process maps the file itself
             self._stored = np.load(self._path, mmap_mode="r")
         versions = self._stored.shape[1]
-        flip = int(torch.rand(()) < 0.5) if versions == 2 else 0
+        # Also where a script has set another default dtype or device.
+        flip = int(torch.rand((), dtype=torch.float32, device="cpu") < 0.5) if versions == 2 else 0
         stored = torch.from_numpy(self._stored[index, flip].copy())
         if not self._has_spread:
             return {"latents": stored}
@@ -102,7 +106,7 @@ def cache_latents(
             cache can hold; if the disk is full.
     """
     folder = Path(cache_dir)
-    _check_crops(images)
+    raise_together(_problem(lambda: _check_crops(images)))
     about = {
         "version": _VERSION,
         "images": images_fingerprint,
@@ -111,13 +115,40 @@ def cache_latents(
         "resolution": images.resolution,
         "random_flip": images.random_flip,
     }
-    error = None
-    if accelerator.is_main_process:
-        error = _differs(folder, about)
+    # The main process decides, and each then looks at what it sees itself: all of them enter the same collectives.
+    error, is_there = gather((_differs(folder, about), _is_whole(folder)))[0]
     raise_together(error)
-    if not _is_whole(folder):
+    if not is_there:
         _encode(images, vae, folder, about, accelerator, batch_size, num_workers)
+    is_seen = _appears(folder / _ABOUT)
+    raise_together(_differs(folder, about) if is_seen else _unseen(folder, accelerator))
     return CachedLatents(folder, images.names)
+
+
+def _problem(check: Callable[[], Any]) -> str | None:
+    """What makes a check fail on this process, for all of them to be refused."""
+    try:
+        check()
+    except Exception as error:  # whatever it is, the other processes must not be left waiting
+        return str(error)
+    return None
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another process has made is there: on shared disks it may take a moment."""
+    end = time.monotonic() + _PATIENCE_S
+    while not path.is_file():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _unseen(folder: Path, accelerator: Accelerator) -> str:
+    return (
+        f"process {accelerator.process_index} does not see the latents that process 0 has in {folder}: name a "
+        "--latents_dir that all processes share"
+    )
 
 
 def _check_crops(images: Images) -> None:
@@ -151,7 +182,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         shape = json.loads((folder / _ABOUT).read_text())["shape"]
         return list(np.lib.format.open_memmap(folder / _LATENTS, mode="r").shape) == shape
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -183,31 +214,40 @@ def _encode(
                 partial.unlink(missing_ok=True)  # the disk is full enough
             error = f"cannot write the latents, {gib:.2f} GiB, to {folder}: {problem}; name another --latents_dir"
     raise_together(error)
-    stored = np.lib.format.open_memmap(partial, mode="r+")
+    raise_together(None if _appears(partial) else _unseen(folder, accelerator))
     unusable: list[str] = []
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    own = torch.Generator()  # reading them draws nothing from the global one
-    loader = DataLoader(_Fixed(images, mine, flips), batch_size, num_workers=num_workers, generator=own)
-    for indices, pixels in tqdm(loader, "encoding", disable=not accelerator.is_local_main_process):
-        for version in range(len(flips)):
-            mean, std = moments(vae, pixels[:, version].to(accelerator.device))
-            encoded = mean if std is None else torch.cat([mean, std], dim=1)
-            stored[indices.numpy(), version] = encoded.float().cpu().numpy()
-            if not encoded.isfinite().all():
-                unusable.append(images.names[int(indices[~encoded.flatten(1).isfinite().all(1).cpu()][0])])
-    stored.flush()
-    raise_together(
-        f"the latents of {unusable[0]} are not finite: the first stage is damaged, or of too low a precision"
-        if unusable
-        else None
-    )
+
+    def encode_own() -> None:
+        stored = np.lib.format.open_memmap(partial, mode="r+")
+        mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+        own = torch.Generator()  # reading them draws nothing from the global one
+        loader = DataLoader(_Fixed(images, mine, flips), batch_size, num_workers=num_workers, generator=own)
+        for indices, pixels in tqdm(loader, "encoding", disable=not accelerator.is_local_main_process):
+            for version in range(len(flips)):
+                mean, std = moments(vae, pixels[:, version].to(accelerator.device))
+                encoded = mean if std is None else torch.cat([mean, std], dim=1)
+                stored[indices.numpy(), version] = encoded.float().cpu().numpy()
+                if not encoded.isfinite().all():
+                    unusable.append(images.names[int(indices[~encoded.flatten(1).isfinite().all(1).cpu()][0])])
+        stored.flush()
+
+    error = _problem(encode_own)
+    if unusable:
+        error = f"the latents of {unusable[0]} are not finite: the first stage is damaged, or of too low a precision"
+    raise_together(error)
     if accelerator.is_main_process:
-        os.replace(partial, folder / _LATENTS)
-        description = folder / f"{_ABOUT}.partial"
-        description.write_text(json.dumps({**about, "has_spread": has_spread, "shape": shape}, indent=2) + "\n")
-        os.replace(description, folder / _ABOUT)
+        description = {**about, "has_spread": has_spread, "shape": shape}
+        error = _problem(lambda: _publish(partial, folder, description))
         lock.close()
-    accelerator.wait_for_everyone()
+    raise_together(error)
+
+
+def _publish(partial: Path, folder: Path, description: dict[str, Any]) -> None:
+    """Give finished latents their name, and then their description, by which they are known to be whole."""
+    os.replace(partial, folder / _LATENTS)
+    unnamed = folder / f"{_ABOUT}.partial"
+    unnamed.write_text(json.dumps(description, indent=2) + "\n")
+    os.replace(unnamed, folder / _ABOUT)
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
@@ -137,3 +140,59 @@ class _EvenPlanSampler(PlanSampler):
 
     def _share_of(self, visits: int) -> int:
         return visits + -visits % self._multiple
+
+
+class PrunedLoader:
+    """The prepared train dataloader: each walk is one pass, or the rest of it, of the user's own batches.
+
+    Args:
+        walk (Callable[[], Iterator]): Walks a pass.
+        length (Callable[[], int]): Steps of the pass in hand; of an unpruned epoch before the first walk.
+        dataloader (DataLoader): The user's.
+        total_batch_size (int): Samples in a batch of all processes.
+
+    Attributes:
+        dataset: The user's data set.
+        total_batch_size (int): As above.
+    """
+
+    def __init__(
+        self,
+        walk: Callable[[], Iterator[Any]],
+        length: Callable[[], int],
+        dataloader: DataLoader,
+        total_batch_size: int,
+    ) -> None:
+        self._walk = walk
+        self._length = length
+        self.dataset = dataloader.dataset
+        self.batch_size = dataloader.batch_size
+        self.num_workers = dataloader.num_workers
+        self.total_batch_size = total_batch_size
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._walk()
+
+    def __len__(self) -> int:
+        return self._length()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the pass is known. Present because scripts call it."""
+
+    @property
+    def sampler(self) -> Any:
+        """Asked for by ``accelerator.skip_first_batches``, which has nothing to do here."""
+        raise AttributeError(
+            "the loader of infobatch.prepare() goes on by itself where a resumed run was: leave out skip_first_batches"
+        )
+
+
+@contextlib.contextmanager
+def draws_nothing(loader: DataLoader) -> Iterator[None]:
+    """Have a loader seed its workers from a generator of its own, so that resuming leaves the global one in place."""
+    base = getattr(loader, "base_dataloader", loader)
+    own, base.generator = base.generator, torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    try:
+        yield
+    finally:
+        base.generator = own

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.scheduler import AcceleratedScheduler
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 
 class PassScheduler:
@@ -105,3 +107,20 @@ class PassScheduler:
         if name == "prepared":  # unpickling asks before there is anything to ask
             raise AttributeError(name)
         return getattr(self.prepared, name)
+
+
+def steps_by_update(scheduler: Any) -> bool:
+    """Whether it is a prepared schedule of updates: not one of validations, nor one that another engine steps."""
+    return type(scheduler) is AcceleratedScheduler and not isinstance(scheduler.scheduler, ReduceLROnPlateau)
+
+
+def warn_of_others(accelerator: Accelerator, ours: Sequence[PassScheduler]) -> None:
+    """Say so if a schedule is left to count updates, of which a pruned training makes fewer."""
+    known = {id(each.prepared) for each in ours}
+    apart = [each for each in accelerator._schedulers if id(each) not in known and steps_by_update(each)]
+    if apart:
+        warnings.warn(
+            f"a {type(apart[0].scheduler).__name__} was not given to infobatch.prepare(): if it is stepped with every "
+            "update, it will not reach its end, for a pruned training makes fewer of them",
+            stacklevel=4,
+        )

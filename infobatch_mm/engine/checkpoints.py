@@ -124,7 +124,12 @@ def check_resume_point(runner: Any) -> None:
     """
     if not runner._resume or runner._has_loaded:
         return
-    found = [_resume_point(runner) if is_main_process() else None]
+    found: list[tuple[str | None, str] | None] = [None]
+    if is_main_process():
+        try:
+            found = [_resume_point(runner)]
+        except OSError as error:  # the others wait to be told
+            found = [(None, f"cannot resume: {runner._load_from or runner.work_dir} cannot be read: {error}")]
     broadcast_object_list(found)
     assert found[0] is not None
     path, message = found[0]

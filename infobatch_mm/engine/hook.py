@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from mmengine.dataset import InfiniteSampler
-from mmengine.dist import get_dist_info, master_only
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop
 from mmengine.utils import apply_to
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from ..core import EpochSchedule, IterSchedule, NoPruning, Pruner, PruningPolicy, Schedule, build_policy, rng
+from ..core import NoPruning, Pruner, PruningPolicy, build_policy, rng
 from ..core.devices import moved
 from ..core.distributed import require_equal
-from ..core.scores import check_score_ema
-from ..core.summary import check_summary, write_scores, write_summary
+from ..core.ranking import check_score_ema
+from ..core.summary import check_summary
 from ..losses import AttachedViews, LossWeigher, attach_views
 from . import process_state
+from .books import Books
 from .checkpoints import CheckpointGuard, check_resume_point, check_state
-from .loader import BatchIndices, IndexedLoader, sample_name
-from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
+from .loader import BatchIndices, IndexedLoader
 from .param_schedule import SchedulerPacer, renew_max_iters
-from .samplers import InfoBatchSampler, as_dict, given, host_sampler, pass_loader, run_seed
+from .resume import check_repeats, go_on, start_without_scores
+from .sample_names import fingerprint
+from .samplers import InfoBatchSampler, given, run_seed
+from .takeover import check_runner, schedule_of, settings_of, take_over, watch, watched_visits
+from .together import refused_together
 
 #: Key of our state in a checkpoint.
 STATE_KEY = "infobatch"
-
-# A fingerprint looks at this many names, evenly spread: enough to tell data sets of equal length apart.
-_FINGERPRINT_NAMES = 256
 
 
 @HOOKS.register_module()
@@ -103,6 +99,7 @@ class InfoBatchHook(Hook):
         self._views: AttachedViews | None = None
         self._views_due = False
         self._num_repeats = 1
+        self._batches_to_end: list[int] = []
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
         self._updates_before: list[int] = []
@@ -111,9 +108,7 @@ class InfoBatchHook(Hook):
         self._rng_before_val: dict[str, Any] | None = None
         self._process_state: dict[str, Any] | None = None
         self._over = False
-        self._warned_nothing_pruned = False
-        self._started = time.perf_counter()
-        self._time_before = 0.0
+        self._books = Books()
 
     # ---- wiring -----------------------------------------------------------------------------------
 
@@ -131,142 +126,76 @@ class InfoBatchHook(Hook):
             raise
 
     def _wire(self, runner: Any, loop: BaseLoop) -> None:
-        check_runner(runner)
+        with refused_together():
+            check_runner(runner)
         check_resume_point(runner)
-        policy = build_policy(**self._settings(loop.dataloader))
-        if len(loop.dataloader.dataset) == 0:
-            raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
-
-        self._views = attach_views(process_state.bare_model(runner), self._weigher, self._score_auxiliary)
-        self._undo.append(self._views.restore)
-        self._tell_what_is_not_separable(runner, policy)
-        if isinstance(policy, NoPruning):
-            loader = self._watch(loop)
-        else:
-            loop, loader = self._take_over(runner, loop)
-        dataset = loader.dataset
-        sampler = loader.sampler
-        seed = self._seed
-        if seed is None:
-            seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
-        shuffle = getattr(sampler, "shuffle", True)
-        schedule = self._schedule(loop, loader)
-        self._pruner = Pruner(schedule, policy, seed, shuffle, fingerprint(dataset), self._item_seed, self._score_ema)
-        self._num_repeats = getattr(sampler, "repeats", 1)
+        with refused_together():
+            policy = build_policy(**settings_of(loop.dataloader, self._given))
+            if len(loop.dataloader.dataset) == 0:
+                raise ValueError(
+                    "the training data set is empty: check data_root and data_prefix of the train_dataloader"
+                )
+            self._views = attach_views(process_state.bare_model(runner), self._weigher, self._score_auxiliary)
+            self._undo.append(self._views.restore)
+            loop, loader = self._take(runner, loop, policy)
+            self._pruner = pruner = self._make_pruner(runner, loop, loader, policy)
         require_equal(
-            num_samples=schedule.num_samples,
-            sample_names=self._pruner.fingerprint,
-            batch_size=schedule.batch_size,
-            seed=seed,
+            num_samples=pruner.schedule.num_samples,
+            sample_names=pruner.fingerprint,
+            batch_size=pruner.schedule.batch_size,
+            seed=pruner.seed,
             num_repeats=self._num_repeats,
             score_ema=self._score_ema,
             **policy.settings(),
-            **schedule.settings(),
+            **pruner.schedule.settings(),
         )
-        if isinstance(sampler, InfoBatchSampler):
-            sampler.bind(self._pruner)
-            loop.pruner = self._pruner
+        if isinstance(loader.sampler, InfoBatchSampler):
+            loader.sampler.bind(pruner)
+            loop.pruner = pruner
             self._pacer = SchedulerPacer(runner, self._steps_due)
             self._undo.append(self._pacer.restore)
             self._keep_validation_aside(runner)
         self._undo.append(CheckpointGuard(runner, partial(self._exchanged, runner)).restore)
-        if runner._resume:
-            check_summary(runner.work_dir, self._pruner.summary())
-        settings = ", ".join(f"{key} {value}" for key, value in policy.settings().items())
-        runner.logger.info(f"InfoBatch: {settings}, {schedule.num_samples} samples")
+        self._tell_what_is_not_separable(runner)
+        self._books.begin(runner, pruner, loader)
         if self._weigher.mixes:
             runner.logger.info(
                 "InfoBatch: images are mixed; scores are their losses above the least that targets allow"
             )
-        delta, last = policy.settings().get("delta", 1), schedule.progress(schedule.num_passes - 1)
-        if delta < 1 and policy.is_active(last):
-            runner.logger.warning(
-                f"InfoBatch: no pass starts after delta={delta} of {schedule.num_passes} passes, so none visits every "
-                f"sample at the end; use delta={math.floor(100 * last) / 100} for one that does"
-            )
 
-    def _tell_what_is_not_separable(self, runner: Any, policy: PruningPolicy) -> None:
-        assert self._views is not None
-        if self._views.not_separable and not isinstance(policy, NoPruning):
-            runner.logger.info(
-                "InfoBatch: these losses do not separate over samples; in pruned passes the mean of the samples' own "
-                f"losses is optimised in their place, which is not unbiased: {', '.join(self._views.not_separable)}"
-            )
-
-    def _settings(self, dataloader: DataLoader) -> dict[str, Any]:
-        """The hook's arguments and those of a configured ``InfoBatchSampler``; they must not differ."""
-        settings = getattr(host_sampler(dataloader), "settings", {})
-        for key in settings.keys() & self._given.keys():
-            theirs, ours = (each[key] for each in (settings, self._given))
-            if (as_dict(theirs) != as_dict(ours)) if key == "policy" else theirs != ours:
-                raise ValueError(
-                    f"InfoBatchHook has {key}={self._given[key]!r}, but InfoBatchSampler has {key}={settings[key]!r}: "
-                    "set it in one of them"
-                )
-        return given(**{**settings, **self._given})
-
-    def _watch(self, loop: BaseLoop) -> IndexedLoader:
-        """Learn the indices of the host's own batches and leave all else as it is."""
-        sampler = host_sampler(loop.dataloader)
-        if isinstance(sampler, InfoBatchSampler):
-            raise ValueError("policy='none' keeps the host's own sampler: remove InfoBatchSampler from the config")
+    def _take(self, runner: Any, loop: BaseLoop, policy: PruningPolicy) -> tuple[BaseLoop, IndexedLoader]:
+        """Take the run over, or watch it."""
+        if not isinstance(policy, NoPruning):
+            return take_over(runner, loop)
         if self._item_seed:
             raise ValueError(
                 "policy='none' keeps the host's own random streams: remove item_seed=True, or use prune_ratio=0 for a "
                 "full-data baseline"
             )
-        iterator = getattr(loop, "dataloader_iterator", None)
-        # Upstream's iteration loop has made its iterator by now: its workers may have drawn from the
-        # sampler, and it has drawn a seed from the global generator that must not be drawn twice.
-        started = getattr(iterator, "_iterator", None) is not None
-        fresh = None
-        if started and type(sampler) is InfiniteSampler:
-            fresh = InfiniteSampler(loop.dataloader.dataset, shuffle=sampler.shuffle, seed=sampler.seed)
-        loader = IndexedLoader(loop.dataloader, fresh, own_seed=0 if started else None)
-        loop.dataloader = loader
-        if iterator is not None:
-            loop.dataloader_iterator = type(iterator)(loader)
-        return loader
+        return loop, watch(runner, loop)
 
-    def _take_over(self, runner: Any, loop: BaseLoop) -> tuple[BaseLoop, IndexedLoader]:
-        """Put a pruned loop in place of the host's."""
-        if isinstance(loop, (InfoBatchEpochLoop, InfoBatchIterLoop)):
-            return loop, loop.dataloader
-        loader = pass_loader(loop.dataloader, run_seed(runner))
-        pruned: BaseLoop
-        if type(loop) is EpochBasedTrainLoop:
-            pruned = InfoBatchEpochLoop(
-                runner, loader, max_epochs=loop.max_epochs, val_begin=loop.val_begin, val_interval=loop.val_interval
-            )
-            pruned._max_iters = loop.max_iters
-        elif type(loop) is IterBasedTrainLoop:
-            pruned = InfoBatchIterLoop(
-                runner, loader, max_iters=loop.max_iters, val_begin=loop.val_begin, val_interval=loop.val_interval
-            )
-        else:
-            raise ValueError(
-                f"the training loop {type(loop).__name__} cannot be followed: use EpochBasedTrainLoop or "
-                "IterBasedTrainLoop, or policy='none'"
-            )
-        # A runner that was resumed by hand stands at the checkpoint's iteration already.
-        pruned._iter, pruned._epoch = loop.iter, loop.epoch
-        pruned.dynamic_milestones, pruned.dynamic_intervals = loop.dynamic_milestones, loop.dynamic_intervals
-        runner._train_loop = pruned
-        return pruned, loader
+    def _make_pruner(self, runner: Any, loop: BaseLoop, loader: IndexedLoader, policy: PruningPolicy) -> Pruner:
+        sampler, seed = loader.sampler, self._seed
+        if seed is None:
+            seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
+        self._num_repeats = getattr(sampler, "repeats", 1)
+        return Pruner(
+            schedule_of(runner, loop, loader),
+            policy,
+            seed,
+            shuffle=getattr(sampler, "shuffle", True),
+            fingerprint=fingerprint(loader.host_dataset, loader.num_units),
+            item_seed=self._item_seed,
+            score_ema=self._score_ema,
+        )
 
-    @staticmethod
-    def _schedule(loop: BaseLoop, loader: IndexedLoader) -> Schedule:
-        num_samples = len(loader.dataset)
-        global_batch = loader.batch_sampler.batch_size * get_dist_info()[1]
-        if isinstance(loop, EpochBasedTrainLoop):
-            epoch_batches = loop.max_iters // loop.max_epochs
-            if epoch_batches == 0:
-                raise ValueError(
-                    f"the train_dataloader gives no batch: {num_samples} samples, a global batch of {global_batch} and "
-                    "drop_last=True; use a smaller batch size"
-                )
-            return EpochSchedule(num_samples, loop.max_epochs, global_batch, epoch_batches)
-        return IterSchedule(num_samples, loop.max_iters, global_batch)
+    def _tell_what_is_not_separable(self, runner: Any) -> None:
+        assert self._views is not None and self._pruner is not None
+        if self._views.not_separable and not isinstance(self._pruner.policy, NoPruning):
+            runner.logger.info(
+                "InfoBatch: these losses do not separate over samples; in pruned passes the mean of the samples' own "
+                f"losses is optimised in their place, which is not unbiased: {', '.join(self._views.not_separable)}"
+            )
 
     def after_run(self, runner: Any) -> None:
         """Give the wrapped objects of this run back to the host."""
@@ -287,105 +216,39 @@ class InfoBatchHook(Hook):
         self._state = apply_to(checkpoint.pop(STATE_KEY, None), torch.is_tensor, lambda tensor: tensor.cpu())
         if self._pruner is None or not runner._resume:
             return
-        if self._state is not None:
-            check_state(self._state)
-            self._pruner.check_state(self._state["pruner"])
-            self._check_repeats(self._state.get("num_repeats", 1))
+        with refused_together():
+            if self._state is not None:
+                check_state(self._state)
+                self._pruner.check_state(self._state["pruner"])
+                check_repeats(self._state.get("num_repeats", 1), self._num_repeats)
+            if is_main_process():  # to others a file may appear late
+                check_summary(runner.work_dir, self._pruner.summary())
         if "optimizer" not in checkpoint:
             runner.logger.warning(
                 "InfoBatch: this checkpoint holds no optimizer and no schedulers, as those of save_best: momenta and "
                 "learning rates start anew; resume from one of CheckpointHook's interval to go on exactly"
             )
 
-    def _check_repeats(self, saved: int) -> None:
-        if saved != self._num_repeats:
-            raise ValueError(
-                f"cannot resume: the checkpoint was trained with {saved} visits of a sample in a row, this run makes "
-                f"{self._num_repeats} (num_repeats); use the same sampler, or start a new run from its weights with "
-                "load_from"
-            )
-
     def before_train(self, runner: Any) -> None:
         """Continue where the checkpoint was written."""
-        if self._pruner is None:
+        pruner = self._pruner
+        if pruner is None:
             return
-        self._started = time.perf_counter()
+        self._books.start_clock()
         state, self._state = self._state, None
-        require_equal(iteration=runner.iter)
-        if runner.iter == 0 or self._pruner.samples_seen:
+        require_equal(iteration=runner.iter, has_scores=state is not None)
+        if runner.iter == 0 or pruner.visits:
             return  # a new run, possibly from another's weights, or one that was interrupted and goes on
         if state is None:
-            self._start_without_scores(runner)
-        else:
-            self._go_on(runner, state)
-
-    def _start_without_scores(self, runner: Any) -> None:
-        """Take up a run that was not pruned so far."""
-        pruner = self._pruner
-        assert pruner is not None
-        schedule = pruner.schedule
-        if isinstance(schedule, EpochSchedule):
-            pruner.start_at(runner.epoch)
-            if runner.epoch and not 0 <= runner.iter - schedule.steps_before(runner.epoch) < schedule.pass_steps:
-                # Epochs were of other batches; the schedulers come out of the checkpoint with their length.
-                schedule.pass_steps = runner.iter // runner.epoch
-        else:
-            self._find_position(runner.iter)
-        if self._pacer is not None:
-            self._pacer.taken = runner.iter
-        pruner.full_before = 0
-        pruner.visits_before = pruner.samples_full - pruner.visited
-        runner.logger.warning(
-            f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
-            f"{pruner.pass_index + 1} of {pruner.schedule.num_passes}"
-        )
-
-    def _go_on(self, runner: Any, state: dict[str, Any]) -> None:
-        """Take up a run of ours."""
-        pruner = self._pruner
-        assert pruner is not None
-        goes_on = pruner.load_state_dict(state["pruner"])
-        self._time_before = float(state["wall_time_s"])
+            start_without_scores(runner, pruner, self._pacer)
+            return
+        go_on(runner, pruner, self._pacer, state)
+        self._books.time_before = float(state["wall_time_s"])
         self._weigher.mixes = self._weigher.mixes or bool(state.get("mixes", False))
-        if self._pacer is not None:
-            self._pacer.taken = int(state["scheduler_steps"])
-        if not goes_on:
-            schedule, batch_size = pruner.schedule, state["pruner"]["batch_size"]
-            # Iterations are the host's measure there: as many samples as the batch now holds.
-            if isinstance(schedule, IterSchedule):
-                self._find_position(runner.iter if self._pacer is None else self._pacer.taken)
-            if batch_size != schedule.batch_size:
-                differs = f"a global batch of {batch_size}, this run has {schedule.batch_size}"
-            else:
-                before = state["pruner"]["schedule"]["total_steps"]
-                differs = f"a schedule of {before} iterations of full data, this run has {schedule.total_steps}"
-            if pruner.finished:
-                raise ValueError(
-                    f"cannot resume: the checkpoint was written with {differs}, and stands at "
-                    f"{state['scheduler_steps']} of them: nothing is left to train; use a longer schedule"
-                )
-            runner.logger.warning(
-                f"InfoBatch: the checkpoint was written with {differs}: the scores are kept; the run goes on in pass "
-                f"{pruner.pass_index + 1} of {schedule.num_passes}, drawn anew, after {pruner.visited} of its "
-                f"{len(pruner.begin_pass()) if self._pacer else schedule.full_visits(pruner.pass_index)} visits"
-            )
         if self._seed not in (None, pruner.seed):
             runner.logger.warning(f"InfoBatch: seed={self._seed} is not used, the checkpoint's seed={pruner.seed} is")
         if self._pacer is not None:
             process_state.restore(runner, state)
-        elif isinstance(pruner.schedule, EpochSchedule):
-            pruner.visited = 0  # the host's own loop starts an epoch anew
-
-    def _find_position(self, steps: int) -> None:
-        """Go to where a schedule of iterations stands after so many of them."""
-        pruner = self._pruner
-        assert pruner is not None
-        done, rest = divmod(steps * pruner.schedule.batch_size, pruner.schedule.num_samples)
-        if self._pacer is None:  # the host's own sampler has no plan
-            pruner.start_at(done)
-            pruner.visited = min(rest, pruner.schedule.full_visits(done))
-        else:
-            pruner.start_at(done, rest, max(1, pruner.schedule.full_visits(done)))
 
     def _keep_validation_aside(self, runner: Any) -> None:
         """Keep validation, and what hooks do before and after it, out of the random streams of this run.
@@ -428,12 +291,12 @@ class InfoBatchHook(Hook):
         checkpoint[STATE_KEY] = {
             "pruner": self._pruner.state_dict(),
             "scheduler_steps": 0 if self._pacer is None else self._pacer.taken,
-            "wall_time_s": self._wall_time(),
+            "wall_time_s": self._books.wall_time,
             "num_repeats": self._num_repeats,
             "mixes": self._weigher.mixes,
             **processes,
         }
-        self._write_summary(runner)
+        self._books.write_summary(runner, self._pruner)
 
     # ---- a pass -----------------------------------------------------------------------------------
 
@@ -442,17 +305,19 @@ class InfoBatchHook(Hook):
         pruner = self._pruner
         if pruner is None:
             raise ValueError("InfoBatchHook has given this run back to the host: build a new Runner to train again")
-        schedule = pruner.schedule
-        plan = pruner.begin_pass()
-        later = sum(schedule.full_batches(p) for p in range(pruner.pass_index + 1, schedule.num_passes))
+        pruner.begin_pass()
+        later = self._batches_after(pruner.pass_index)
         renew_max_iters(runner, runner.iter - pruner.batches_done + pruner.batches + later)
-        self._warn_if_nothing_pruned(runner)
-        position = f", from visit {pruner.visited} on" if pruner.visited else ""
-        threshold = "" if plan.threshold is None else f", threshold {plan.threshold:.4f}"
-        runner.logger.info(
-            f"InfoBatch pass {pruner.pass_index + 1}/{schedule.num_passes}: {len(plan)} of "
-            f"{schedule.full_visits(pruner.pass_index)} samples in {pruner.batches} iterations{threshold}{position}"
-        )
+        self._books.begin_pass(runner, pruner)
+
+    def _batches_after(self, pass_index: int) -> int:
+        """Batches of all passes after one, unpruned. Their sums are kept: passes over few images are thousands."""
+        assert self._pruner is not None
+        schedule = self._pruner.schedule
+        if not self._batches_to_end:
+            backwards = (schedule.full_batches(p) for p in reversed(range(schedule.num_passes)))
+            self._batches_to_end = list(accumulate(backwards, initial=0))
+        return self._batches_to_end[max(0, schedule.num_passes - 1 - pass_index)]
 
     def before_train_epoch(self, runner: Any) -> None:
         """Look at the model's losses anew in the first batch: other hooks may exchange them in an epoch's beginning."""
@@ -465,18 +330,7 @@ class InfoBatchHook(Hook):
             runner.logger.info(
                 "InfoBatch: the model's losses or batch augmentations were exchanged and are weighed anew"
             )
-            self._tell_what_is_not_separable(runner, self._pruner.policy)
-
-    def _warn_if_nothing_pruned(self, runner: Any) -> None:
-        pruner = self._pruner
-        assert pruner is not None and pruner.plan is not None
-        if self._warned_nothing_pruned or pruner.plan.pruned or not pruner.is_active or not pruner.store.seen.any():
-            return
-        self._warned_nothing_pruned = True
-        runner.logger.warning(
-            f"InfoBatch: nothing could be pruned in pass {pruner.pass_index + 1}, so it visits every sample: all "
-            "scores are alike, or fewer samples lie below the mean than one global batch holds"
-        )
+            self._tell_what_is_not_separable(runner)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Look up the weights of the batch."""
@@ -488,11 +342,12 @@ class InfoBatchHook(Hook):
         self._updates_before = [wrapper._inner_count for wrapper in process_state.optim_wrappers(runner)]
         indices = self._batch.indices
         if self._pacer is None:
-            self._weigher.begin(torch.ones(len(indices)), pruned=False)
+            self._weigher.begin(torch.ones(len(indices), dtype=torch.float32, device="cpu"), pruned=False)
         else:
             plan = self._pruner.plan
             assert plan is not None
-            self._weigher.begin(self._pruner.weights(indices), plan.pruned, indices, plan.pair_weights)
+            weights, factor = self._pruner.weights(indices), self._pruner.blank_factor(len(indices))
+            self._weigher.begin(weights, plan.pruned, indices, plan.pair_weights, blank_factor=factor)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Record the scores of the batch and count its visits."""
@@ -508,12 +363,11 @@ class InfoBatchHook(Hook):
         if self._pacer is not None:
             pruner.advance(len(indices) * runner.world_size)
         else:
-            passes, schedule = pruner.pass_index, pruner.schedule
-            # All processes must find the end of a pass in the same iteration, whose batches may differ in size.
-            left = schedule.full_visits(passes) - pruner.visited
-            pruner.observe(min(schedule.batch_size, left) if schedule.loop == "epochs" else schedule.batch_size)
-            if pruner.pass_index > passes:
-                self._log_pass(runner)
+            done = pruner.pass_index
+            pruner.observe(watched_visits(pruner, batch_idx))
+            if pruner.pass_index > done:
+                # Within an iteration the host counts it as done: steps must never go back.
+                self._books.end_pass(runner, pruner, step=runner.iter + 1)
 
     def _scored(self, runner: Any) -> tuple[Tensor, Tensor] | None:
         """Scores of the batch and which of them are valid; None if a ``train_step`` left it out, as after a NaN."""
@@ -531,97 +385,15 @@ class InfoBatchHook(Hook):
         """Merge the scores of all processes and book the pass."""
         assert self._pruner is not None
         self._pruner.finish_pass()
-        self._log_pass(runner)
+        self._books.end_pass(runner, self._pruner, step=runner.iter)
 
     def _steps_due(self) -> int:
         pruner = self._pruner
         assert pruner is not None and pruner.plan is not None
         return pruner.schedule.steps_at(pruner.pass_index, pruner.batches_done, pruner.batches)
 
-    # ---- books ------------------------------------------------------------------------------------
-
-    def _log_pass(self, runner: Any) -> None:
-        pruner = self._pruner
-        assert pruner is not None
-        entry = pruner.history[-1]
-        runner.visualizer.add_scalars(
-            pruner.scalars(),
-            # Within an iteration the host counts it as done: steps must never go back.
-            step=runner.iter + (self._pacer is None),
-        )
-        store = pruner.store
-        unusable = f", skipped {entry['skipped']} visits" if entry["skipped"] else ""
-        if store.num_nonfinite or store.num_invalid:
-            unusable += (
-                f"; not recorded so far: {store.num_nonfinite} NaN or infinite losses, {store.num_invalid} samples "
-                "without a valid pixel or replaced by another"
-            )
-        runner.logger.info(
-            f"InfoBatch pass {entry['pass'] + 1} done: kept {entry['kept_ratio']:.1%}, saved so far "
-            f"{pruner.saved_ratio:.1%}{unusable}"
-        )
-
     def after_train(self, runner: Any) -> None:
         """Leave summary and scores behind."""
-        if self._pruner is None:
-            return
-        self._pruner.store.merge()
-        self._write_summary(runner)
-        self._write_scores(runner)
-
-    def _wall_time(self) -> float:
-        return self._time_before + time.perf_counter() - self._started
-
-    @master_only
-    def _write_summary(self, runner: Any) -> None:
-        assert self._pruner is not None
-        summary = self._pruner.summary(
-            iterations=getattr(runner.train_loop, "_iter", 0),
-            iterations_full=self._pruner.schedule.total_steps,
-            wall_time_s=round(self._wall_time(), 3),
-        )
-        _warn_on_failure(runner, lambda: write_summary(runner.work_dir, summary))
-
-    @master_only
-    def _write_scores(self, runner: Any) -> None:
-        pruner = self._pruner
-        assert pruner is not None
-        dataset, length = runner.train_dataloader.dataset, pruner.store.num_samples
-        # Folder and file: folders may stand for classes.
-        names = [sample_name(dataset, i, folders=1) for i in range(length)] if sample_name(dataset, 0) else None
-        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner.store, names))
-
-
-def check_runner(runner: Any) -> None:
-    """Refuse what shards the model or drives the run by other means than the hook can follow.
-
-    Raises:
-        ValueError: For another runner than MMEngine's ``Runner``, or a model wrapped otherwise than for data
-            parallelism.
-    """
-    if not isinstance(runner, Runner):
-        strategy = type(getattr(runner, "strategy", None)).__name__
-        raise ValueError(
-            f"{type(runner).__name__} with {strategy} is not supported: losses are weighed per sample on a whole "
-            "model; remove runner_type and strategy from the config to train with Runner and MMDistributedDataParallel"
-        )
-    if runner.world_size > 1 and not isinstance(runner.model, DistributedDataParallel):
-        raise ValueError(
-            f"the model wrapper {type(runner.model).__name__} is not supported: losses are weighed per sample on a "
-            "whole model; use model_wrapper_cfg=dict(type='MMDistributedDataParallel')"
-        )
-
-
-def fingerprint(dataset: Any) -> str:
-    """Short hash of sample names, evenly spread over the data set; '' where it has no names."""
-    length = len(dataset)
-    names = [sample_name(dataset, i * length // _FINGERPRINT_NAMES) for i in range(min(length, _FINGERPRINT_NAMES))]
-    return hashlib.blake2b("\n".join(names).encode(), digest_size=8).hexdigest() if any(names) else ""
-
-
-def _warn_on_failure(runner: Any, write: Callable[[], None]) -> None:
-    """A full disk must not end a training."""
-    try:
-        write()
-    except OSError as error:
-        runner.logger.warning(f"InfoBatch: could not write to {runner.work_dir}: {error}")
+        if self._pruner is not None:
+            self._pruner.store.merge()
+            self._books.end(runner, self._pruner)

@@ -21,9 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..core.collate import IndexedCollate
 from ..core.loader import check_indexable, read_at_once, worker_options
 from ..core.sampler import item_seed
-
-#: Where data set wrappers of the hosts keep what they wrap.
-_INNER = ("dataset", "_dataset", "datasets")
+from .repeats import Units, leaf_datasets
 
 
 class BatchIndices(NamedTuple):
@@ -50,6 +48,12 @@ class IndexedLoader(DataLoader):
         sampler (Sampler, optional): Takes the place of the host's sampler. Defaults to the host's own.
         own_seed (int, optional): Base of the loader's own generator, so that starting a pass draws
             nothing from the global one. Defaults to None: as the host does.
+        units (Units, optional): What is scored, and read in place of the host's data set. Defaults to that one.
+        watches (bool): Whether the host's data set is read all the same, as its own sampler says; the copies of a
+            unit then have the unit's index. Defaults to False.
+
+    Attributes:
+        units (Units): As above.
 
     Raises:
         ValueError: For an iterable data set, a custom batch sampler, or a loader without batches.
@@ -57,7 +61,14 @@ class IndexedLoader(DataLoader):
 
     _batch: BatchIndices | None = None
 
-    def __init__(self, loader: DataLoader, sampler: Any = None, own_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        loader: DataLoader,
+        sampler: Any = None,
+        own_seed: int | None = None,
+        units: Units | None = None,
+        watches: bool = False,
+    ) -> None:
         check_indexable(loader)
         host = loader.batch_sampler
         if type(host) is BatchSampler:
@@ -66,16 +77,24 @@ class IndexedLoader(DataLoader):
             batching = dict(batch_sampler=host)
         generator, init = loader.generator, loader.worker_init_fn
         if own_seed is not None:
-            generator = torch.Generator()
+            generator = torch.Generator("cpu")
             init = None if init is None else SeedByPass(init)
+        units = units or Units(loader.dataset)
+        differs, options = units.dataset is not loader.dataset, worker_options(loader)
+        if differs and not watches:
+            # Of few images, a pass takes less time than new workers; the host's live as long as its loop.
+            options["persistent_workers"] = loader.num_workers > 0
         super().__init__(
-            IndexedDataset(loader.dataset),
+            IndexedDataset(
+                loader.dataset if watches else units.dataset, len(units.dataset) if differs and watches else None
+            ),
             collate_fn=_BatchCollate(loader.collate_fn),
             worker_init_fn=init,
             generator=generator,
             **batching,
-            **worker_options(loader),
+            **options,
         )
+        self.units = units
         self._own_seed = own_seed
         self._delivered: dict[int, BatchIndices] = {}
 
@@ -85,6 +104,16 @@ class IndexedLoader(DataLoader):
             self.generator.manual_seed(self._own_seed + pass_index)
         if isinstance(self.worker_init_fn, SeedByPass):
             self.worker_init_fn.pass_index = pass_index
+
+    @property
+    def host_dataset(self) -> Any:
+        """The data set that is read, as the host made it."""
+        return self.dataset.bare
+
+    @property
+    def num_units(self) -> int:
+        """Number of samples that have a score of their own."""
+        return len(self.units.dataset)
 
     @property
     def host_collate_fn(self) -> Callable:
@@ -122,11 +151,16 @@ class IndexedDataset:
 
     Args:
         dataset: A map-style data set.
+        num_units (int, optional): Number of samples before it repeats itself: indices are handed out modulo this.
+            Defaults to None: as they are.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, num_units: int | None = None) -> None:
         self.__dict__["_wrapped"] = dataset
-        self.__dict__["_leaves"] = [leaf for leaf in leaf_datasets(dataset) if hasattr(leaf, "_rand_another")]
+        self.__dict__["_num_units"] = num_units
+        # Of data sets that are concatenated with themselves each leaf once.
+        leaves = {id(leaf): leaf for leaf in leaf_datasets(dataset) if hasattr(leaf, "_rand_another")}
+        self.__dict__["_leaves"] = list(leaves.values())
 
     def __len__(self) -> int:
         return len(self._wrapped)
@@ -139,17 +173,25 @@ class IndexedDataset:
         # Which item was replaced can only be told where they are read one by one.
         at_once = None if self._leaves else read_at_once(self._wrapped, indices)
         if at_once is not None:
-            return [(int(index), False, item) for index, item in zip(indices, at_once, strict=True)]
+            return [(self._unit(index), False, item) for index, item in zip(indices, at_once, strict=True)]
         items = []
         for index in indices:
             with _watch_replacement(self._leaves) as replaced, item_seed(index):
                 item = self._wrapped[int(index)]
-            items.append((int(index), bool(replaced), item))
+            items.append((self._unit(index), bool(replaced), item))
         return items
+
+    @property
+    def bare(self) -> Any:
+        """The wrapped data set."""
+        return self._wrapped
+
+    def _unit(self, index: int) -> int:
+        return int(index) if self._num_units is None else int(index) % self._num_units
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling asks for attributes before there is anything to ask; protocols are this object's own.
-        if name in ("_wrapped", "_leaves") or name.startswith("__"):
+        if name in ("_wrapped", "_leaves", "_num_units") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._wrapped, name)
 
@@ -166,7 +208,9 @@ class _BatchCollate(IndexedCollate):
         indices, replaced, bare = zip(*items, strict=True)
         batch, kept = self.collate(list(bare))
         assert kept is None, "every item must be in the host's batch"
-        return (torch.tensor(indices, dtype=torch.int64), torch.tensor(replaced)), batch
+        # Whatever the default device is: an index is looked up here.
+        marks = torch.tensor(replaced, dtype=torch.bool, device="cpu")
+        return (torch.tensor(indices, dtype=torch.int64, device="cpu"), marks), batch
 
 
 class SeedByPass:
@@ -189,30 +233,6 @@ class SeedByPass:
             torch.manual_seed(seed)
 
 
-def leaf_datasets(dataset: Any) -> Iterator[Any]:
-    """The data sets at the bottom of a stack of wrappers."""
-    children: list[Any] = []
-    for name in _INNER:
-        part = getattr(dataset, "__dict__", {}).get(name)
-        children += part if isinstance(part, (list, tuple)) else [part]
-    # A data set may call a plain attribute of its own "dataset".
-    children = [child for child in children if hasattr(child, "__getitem__") and not isinstance(child, (str, dict))]
-    if not children:
-        yield dataset
-    for child in children:
-        yield from leaf_datasets(child)
-
-
-def sample_name(dataset: Any, index: int, folders: int = 0) -> str:
-    """File name of a sample and of so many folders above it; '' where the data set does not tell."""
-    try:
-        info = dataset.get_data_info(index)
-        path = info["img_path"] if "img_path" in info else info["img_id"]
-    except Exception:  # a name is a convenience: whatever a data set of the user's does here, go on without
-        return ""
-    return "/".join(str(path).replace("\\", "/").split("/")[-1 - folders :])
-
-
 @contextmanager
 def _watch_replacement(leaves: list[Any]) -> Iterator[list[Any]]:
     """Notice when MMEngine's ``BaseDataset`` answers with another sample.
@@ -221,13 +241,17 @@ def _watch_replacement(leaves: list[Any]) -> Iterator[list[Any]]:
     on these data sets alone and only while one item is read.
     """
     replaced: list[Any] = []
+    own = [vars(leaf).get("_rand_another") for leaf in leaves]
     for leaf in leaves:
         leaf._rand_another = _noting(leaf._rand_another, replaced)
     try:
         yield replaced
     finally:
-        for leaf in leaves:
-            del leaf._rand_another
+        for leaf, before in zip(leaves, own, strict=True):
+            if before is None:
+                del leaf._rand_another
+            else:
+                leaf._rand_another = before
 
 
 def _noting(rand_another: Callable[[], int], replaced: list[Any]) -> Callable[[], int]:

@@ -23,13 +23,14 @@ class _PassLoop:
 
     pruner: Pruner
     dataloader: IndexedLoader
+    by_iteration: bool
 
     def __init__(self, runner: Any, dataloader: DataLoader | dict, **kwargs: Any) -> None:
         # the host's loop comes next in the order of bases
         super().__init__(runner, self._indexed(runner, dataloader), **kwargs)  # type: ignore[call-arg]
 
-    @staticmethod
-    def _indexed(runner: Any, dataloader: DataLoader | dict) -> IndexedLoader:
+    @classmethod
+    def _indexed(cls, runner: Any, dataloader: DataLoader | dict) -> IndexedLoader:
         """The loader of a loop that is written out in a config, and the hook if it is not."""
         if isinstance(dataloader, dict):
             diff_rank_seed = runner._randomness_cfg.get("diff_rank_seed", False)
@@ -38,7 +39,9 @@ class _PassLoop:
 
         if not any(isinstance(hook, InfoBatchHook) for hook in runner.hooks):
             runner.register_hook(InfoBatchHook())
-        return dataloader if isinstance(dataloader, IndexedLoader) else pass_loader(dataloader, run_seed(runner))
+        if isinstance(dataloader, IndexedLoader):
+            return dataloader
+        return pass_loader(dataloader, run_seed(runner), cls.by_iteration)
 
     def _before_pass(self) -> int:
         """Have the pass planned; returns the number of its batches that are done already."""
@@ -63,6 +66,8 @@ class InfoBatchEpochLoop(_PassLoop, EpochBasedTrainLoop):
         kwargs: As for ``EpochBasedTrainLoop``: ``max_epochs, val_begin, val_interval, dynamic_intervals``.
     """
 
+    by_iteration = False
+
     def run_epoch(self) -> None:
         """Walk one pass, or the rest of it after a resume."""
         done = self._before_pass()
@@ -85,6 +90,8 @@ class InfoBatchIterLoop(_PassLoop, IterBasedTrainLoop):
         kwargs: As for ``IterBasedTrainLoop``: ``max_iters, val_begin, val_interval, dynamic_intervals``.
             ``max_iters`` is that of the unpruned run; validation intervals count real iterations.
     """
+
+    by_iteration = True
 
     def run(self) -> nn.Module:
         """Launch training. As in the host, the whole of it is one epoch to the hooks."""

@@ -16,9 +16,9 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import Tensor, nn
 
 from ..core import rng
-from .hook import check_runner
 from .loader import IndexedLoader
 from .process_state import bare_model
+from .takeover import check_runner
 
 # Small images are enlarged to at least this many pixels.
 _SMALLEST = 96

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from ..core import PlanSampler, Pruner, PruningPolicy, build_policy
 from ..core.loader import check_indexable
 from .loader import IndexedLoader
+from .repeats import scored_units
 
 #: Samplers that visit every sample once per pass, so that a plan can take their place.
 _REPLACEABLE = (DefaultSampler, InfiniteSampler, RandomSampler, SequentialSampler)
@@ -133,15 +134,16 @@ def as_dict(policy: str | Mapping[str, Any] | PruningPolicy | None) -> dict[str,
     return {} if policy is None else {"type": policy}
 
 
-def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
+def pass_loader(loader: DataLoader, seed: int, by_iteration: bool = False) -> IndexedLoader:
     """The loader of a pruned run: the host's, with an ``InfoBatchSampler`` in place of its sampler.
 
     Args:
         loader (DataLoader): The host's loader.
         seed (int): Seed of the run.
+        by_iteration (bool): Whether it is that of a loop of iterations, which looks through repeats. Defaults to False.
 
     Returns:
-        IndexedLoader: Over the same data set.
+        IndexedLoader: Over the same data set, or over the one that it repeats; see :func:`.scored_units`.
 
     Raises:
         ValueError: If the loader chooses its samples in a way that a plan cannot follow.
@@ -151,9 +153,12 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
             f"the train_dataloader uses the batch sampler {type(loader.batch_sampler).__name__}, which decides by "
             "itself what a batch holds: a plan cannot follow it; remove it, or use policy='none'"
         )
-    sampler = host_sampler(loader)
-    if not isinstance(sampler, InfoBatchSampler):
-        check_indexable(loader)
+    check_indexable(loader)
+    sampler, world = host_sampler(loader), get_dist_info()[1]
+    units = scored_units(loader.dataset, loader.batch_sampler.batch_size * world, by_iteration)
+    if isinstance(sampler, InfoBatchSampler):
+        sampler.num_samples = len(units.dataset)
+    else:
         repeated = f"{type(sampler).__module__}.{type(sampler).__qualname__}" == _REPEAT_AUG
         if not (repeated or type(sampler) in _REPLACEABLE) or getattr(sampler, "replacement", False):
             raise ValueError(
@@ -162,7 +167,7 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
             )
         shuffle = getattr(sampler, "shuffle", not isinstance(sampler, SequentialSampler))
         sampler = InfoBatchSampler(
-            loader.dataset,
+            units.dataset,
             shuffle=shuffle,
             seed=seed,
             round_up=getattr(sampler, "round_up", True),
@@ -173,4 +178,4 @@ def pass_loader(loader: DataLoader, seed: int) -> IndexedLoader:
             f"round_up=False gives {sampler.num_samples} samples to {sampler.world} processes unevenly: some would "
             "wait for a step that others never make; use round_up=True"
         )
-    return IndexedLoader(loader, sampler, own_seed=seed)
+    return IndexedLoader(loader, sampler, own_seed=seed, units=units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,20 +12,24 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
-from ..core.checks import whole_number
+from ..core.checks import checked_index, checked_length, whole_number
 from ..core.devices import moved
-from ..core.distributed import Group, require_equal, world_size
+from ..core.distributed import Group, rank, require_equal, world_size
 from ..core.loader import IndexedItems
+from ..core.meeting import PATIENCE_S
 from ..core.policies import PruningPolicy
 from ..core.policy_registry import build_policy
 from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
 from ..core.scores import checked_level
+from ..core.short_runs import short_run_line
+from ..core.weights import weighted_mean
 from .loader import PassLoader, check_dataset
 from .passes import Passes
 from .sampler import WalkSampler
 from .scheduler import ProgressScheduler
 from .sizes import Sizes, checked_batch
+from .state import load_state, state_of
 
 
 class InfoBatch:
@@ -35,7 +40,7 @@ class InfoBatch:
 
     Args:
         num_samples (int): Size of the data set, at least 1.
-        num_epochs (int): Passes over the data in the whole training, at least 1.
+        num_epochs (int, optional): Passes over the data in the whole training, at least 1.
         prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
         delta (float): Share of the training after which every sample is visited, in (0, 1].
             Defaults to 0.875.
@@ -55,6 +60,8 @@ class InfoBatch:
             ``score_ema`` is given.
         score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
         fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
+        max_train_steps (int, optional): Batches of the unpruned training, at least 1, where that is how it is counted;
+            takes the place of ``num_epochs``, and needs the ``batch_size``. The last pass may then be partial.
         process_group (ProcessGroup, optional): The processes that share the data, where others see the same samples
             (tensor or pipeline parallelism). Defaults to all.
 
@@ -76,7 +83,7 @@ class InfoBatch:
     def __init__(
         self,
         num_samples: int,
-        num_epochs: int,
+        num_epochs: int | None = None,
         prune_ratio: float = 0.5,
         delta: float = 0.875,
         *,
@@ -88,26 +95,23 @@ class InfoBatch:
         score: str | None = None,
         score_ema: float | None = None,
         fingerprint: str = "",
+        max_train_steps: int | None = None,
         process_group: Group = None,
     ) -> None:
         num_samples = whole_number("num_samples", num_samples, 1, "the data set is empty")
-        num_epochs = whole_number("num_epochs", num_epochs, 1, "the training needs at least one pass over the data")
+        num_epochs, max_train_steps = checked_length(num_epochs, max_train_steps)
         seed = whole_number("seed", seed, 0, "use 0 or a positive number")
         world = world_size(process_group)
         if batch_size is not None:
             batch_size = checked_batch(batch_size, num_samples, world)
+        elif max_train_steps is not None:
+            raise ValueError(f"max_train_steps={max_train_steps} counts global batches: give their batch_size as well")
         chosen = build_policy(policy, prune_ratio, delta)
         # Without a batch size the kept count need only divide among the processes.
-        schedule = EpochSchedule(num_samples, num_epochs, batch_size or world)
-        self._pruner = Pruner(
-            schedule, chosen, seed, shuffle, fingerprint, item_seed, score_ema, score, group=process_group
-        )
-        self._identity = {
-            "num_epochs": num_epochs,
-            "seed": seed,
-            "shuffle": bool(shuffle),
-            "item_seed": bool(item_seed),
-        }
+        schedule = EpochSchedule(num_samples, num_epochs, batch_size or world, max_steps=max_train_steps)
+        self._pruner = Pruner(schedule, chosen, seed, shuffle, fingerprint, item_seed, score_ema, score, process_group)
+        length = {"num_epochs": num_epochs, "max_train_steps": max_train_steps}
+        self._identity = {**length, "seed": seed, "shuffle": bool(shuffle), "item_seed": bool(item_seed)}
         require_equal(
             process_group,
             num_samples=num_samples,
@@ -120,6 +124,11 @@ class InfoBatch:
         )
         self._passes = Passes(self._pruner, Sizes(self._pruner, batch_size))
         self._sampler = WalkSampler(self._passes.begin, self._passes.share, self._passes.seeds)
+        self._last: tuple[Tensor | None, Tensor] | None = None  # weights and losses of the batch weighed last
+        # A compiled step breaks its graph once here, not at each look at an index.
+        self.weigh = torch.compiler.disable(self.weigh)  # type: ignore[method-assign]
+        if rank(process_group) == 0 and (line := short_run_line(self._pruner)):
+            warnings.warn(line, stacklevel=2)
 
     # ---- loaders ------------------------------------------------------------------------------------
 
@@ -217,19 +226,7 @@ class InfoBatch:
             ValueError: If the shapes do not fit, an index is not part of the current pass, or ``log_snr`` is needed and
                 missing.
         """
-        if losses.dim() != 1:
-            raise ValueError(
-                f"weigh() needs one loss per sample, shape (B,), but got shape {tuple(losses.shape)}: use "
-                "reduction='none' and average over all but the first dimension"
-            )
-        index = torch.as_tensor(index)
-        if index.shape != losses.shape:
-            raise ValueError(
-                f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}"
-            )
-        if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-            raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
-        index = index.to(torch.int64)
+        index = checked_index(losses, index)
         walk = self._passes.walk_of(index)
         level = checked_level(log_snr, losses) if self._pruner.store.score == "timestep" else None
         weights = moved(walk.weights(index), losses.device)
@@ -241,22 +238,45 @@ class InfoBatch:
             kept = torch.where(weights == 0, 0.0, losses)  # a weight of 0 would keep a NaN
         weighted = (weights * kept).mean() * scale
         taken = losses.detach().to(torch.float32, copy=True)
+        self._last = weights if walk.plan.pruned or isinstance(scale, Tensor) else None, taken
         self._passes.add(walk, index.clone(), taken, level)
         return weighted
 
-    def merge(self) -> None:
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of the batch weighed last on this process, ``sum(w * l) / sum(w)``, for the log: a scalar, float32.
+
+        An estimate of what the unpruned run would log: the plain mean is over the samples that were kept, which are
+        harder. Without pruning it is the plain mean.
+
+        Raises:
+            ValueError: If no batch was weighed yet.
+        """
+        if self._last is None:
+            raise ValueError("no batch was weighed yet: infobatch.loss is the mean loss of the last one")
+        weights, losses = self._last
+        return losses.mean() if weights is None else weighted_mean(weights, losses)
+
+    def merge(self, timeout_s: float = PATIENCE_S) -> None:
         """Exchange the scores of this pass among processes, before a checkpoint; every process must call it.
 
         At the end of a pass it happens by itself. It may be called at any step; in one process it does nothing.
+
+        Args:
+            timeout_s (float): Seconds to wait for the other processes. Defaults to 60.
+
+        Raises:
+            ValueError: If they have not come by then.
         """
-        self._passes.merge()
+        self._passes.merge(timeout_s)
 
     # ---- where it stands -----------------------------------------------------------------------------
 
     @property
     def passes_done(self) -> int:
         """Passes that are done; where a loop over epochs goes on after a resume."""
-        return self._pruner.pass_index + self._passes.locate()
+        is_over = self._passes.locate()  # first: it may book the pass
+        return self._pruner.pass_index + is_over
 
     def summary(self) -> dict[str, Any]:
         """Policy, passes, visits, saved share and one entry per pass, as plain numbers.
@@ -270,12 +290,7 @@ class InfoBatch:
 
         On several processes call :meth:`merge` on all of them first, then this on one.
         """
-        is_over = self._passes.locate()
-        walk = self._passes.walk
-        plan = None if walk is None or walk.finished else walk.rearranged()
-        sizes = self._passes.sizes
-        whole = {"is_over": is_over, "full_batches": None if sizes.batch_size is None else sizes.full_batches}
-        return {**self._pruner.state_dict(plan), **self._identity, **whole}
+        return state_of(self._passes, self._identity)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at the next unvisited position of the same plan.
@@ -284,17 +299,4 @@ class InfoBatch:
             ValueError: If the state belongs to another data set, policy, seed or length of training, or to a
                 newer version, or is damaged.
         """
-        pruner = self._pruner
-        pruner.check_state(state)
-        for name, here in self._identity.items():
-            if (there := state.get(name, here)) != here:
-                raise ValueError(
-                    f"cannot resume: the checkpoint was trained with {name}={there!r}, this run has {name}={here!r}; "
-                    "use the same, or start a new run from its weights"
-                )
-        self._passes.forget()
-        self._passes.sizes.expect(state["batch_size"])
-        pruner.load_state_dict(state)
-        self._passes.sizes.resumed_batches = state.get("full_batches")
-        if state.get("is_over", state.get("tail_dropped", False)):
-            pruner.finish_pass(together=False)  # a state is of all processes
+        load_state(self._passes, self._identity, state)

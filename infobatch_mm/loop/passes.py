@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.console import end_line, pass_line, say, unscored_line
 from ..core.devices import on_cpu
 from ..core.distributed import gather, rank, world_size
+from ..core.meeting import meet
 from ..core.pruner import Pruner
 from .looks import Looks, one_loss_each
 from .sizes import Sizes
@@ -45,7 +47,7 @@ class Passes:
         self._late: list[tuple[Walk, Looks, bool]] = []
         self._skipped_before = 0  # on this process, in the pass in hand, before the walk in hand
         self._idle = 0
-        self._is_warned_of_skips = self._is_warned_of_again = False
+        self._is_warned_of_skips = self._is_warned_of_again = self._is_warned_of_unscored = False
         self._again = 0
         self.is_resumed = False
         self.schedulers: WeakSet[Any] = WeakSet()  # one that was replaced is not to go on stepping
@@ -143,7 +145,10 @@ class Passes:
         """
         walk, before = self.walk, self._before
         if walk is None:
-            raise ValueError("no pass is in flight: walk the loader before weighing a batch")
+            raise ValueError(
+                "no pass is in flight: weigh the batches of infobatch.loader(), or of a DataLoader that was given "
+                "sampler=infobatch.sampler in the place of shuffle=True"
+            )
         if before is not None and on_cpu(index) and not walk.holds(index) and before.holds(index):
             return before
         return walk
@@ -237,6 +242,8 @@ class Passes:
         entry = pruner.finish_pass()
         walk.finished = True
         self._skipped_before = 0
+        if rank(pruner.group) == 0:
+            self._tell()
         if entry["skipped"] and not self._is_warned_of_skips and rank(pruner.group) == 0:
             self._is_warned_of_skips = True
             again = ", or has the loader been shared out among processes once more, as by accelerator.prepare"
@@ -247,11 +254,25 @@ class Passes:
                 stacklevel=3,
             )
 
-    def merge(self) -> None:
-        """Exchange what the processes know; every process must call it. A pass that is over is booked."""
+    def _tell(self) -> None:
+        pruner = self.pruner
+        say(pass_line(pruner))
+        if pruner.pass_index == pruner.schedule.num_passes:
+            say(end_line(pruner))
+        if not self._is_warned_of_unscored and (line := unscored_line(pruner)):
+            self._is_warned_of_unscored = True
+            warnings.warn(line, stacklevel=4)
+
+    def merge(self, timeout_s: float) -> None:
+        """Exchange what the processes know; every process must call it. A pass that is over is booked.
+
+        Args:
+            timeout_s (float): Seconds to wait for the other processes.
+        """
         is_over = self.locate()
         if self.world == 1:
             return
+        meet("infobatch.merge()", self.pruner.group, timeout_s)
         if all(gather(is_over, self.pruner.group)):
             self.finish()
             return

@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..core.checks import whole_number
+from ..core.schedule import EpochSchedule
 from .passes import Passes
 from .walk import Walk
 
@@ -115,7 +116,7 @@ class ProgressScheduler:
         if last is None or last.finished:
             self._walk, self._calls = None, 0
         if self._interval == "step":
-            pass_index *= self._per_pass
+            pass_index = self._steps_before(pass_index)
         if pass_index > self.scheduler.last_epoch:
             with warnings.catch_warnings():  # torch takes a resumed optimizer for a new one
                 warnings.simplefilter("ignore")
@@ -136,18 +137,27 @@ class ProgressScheduler:
         passes, walk, schedule = self._passes, self._passes.walk, self._passes.pruner.schedule
         batch = passes.sizes.batch_size if walk is None or walk.batch is None else walk.batch
         assert batch is not None
-        per_pass = self._per_pass
         if walk is None or walk.pass_index >= schedule.num_passes:
-            return min(passes.pruner.pass_index, schedule.num_passes) * per_pass
+            return self._steps_before(passes.pruner.pass_index)
         whole = self._updates(-(-walk.end // batch))
         done = min(-(-walk.start // batch) // self._every + self._calls, whole)
-        return walk.pass_index * per_pass + per_pass * done // max(1, whole)
+        before, after = self._steps_before(walk.pass_index), self._steps_before(walk.pass_index + 1)
+        return before + (after - before) * done // max(1, whole)
 
-    @property
-    def _per_pass(self) -> int:
-        """Steps of an unpruned pass. A schedule out of a checkpoint brings its length along, in batches of that run."""
+    def _steps_before(self, pass_index: int) -> int:
+        """Steps of the unpruned training before a pass.
+
+        A schedule out of a checkpoint brings its length along, in batches of that run.
+        """
+        schedule = self._passes.pruner.schedule
+        assert isinstance(schedule, EpochSchedule)
         resumed = None if self._follows_its_arguments else self._passes.sizes.resumed_batches
-        return self._updates(resumed or self._passes.sizes.full_batches)
+        batches = resumed or self._passes.sizes.full_batches
+        last = schedule.num_passes - 1
+        if pass_index <= last:
+            return pass_index * self._updates(batches)
+        part, whole = schedule.part(last)
+        return last * self._updates(batches) + self._updates(batches * part // whole)
 
     def _passes_due(self) -> int:
         walk, pruner = self._passes.walk, self._passes.pruner

@@ -88,8 +88,16 @@ class Sizes:
     def _tell(self, batch_size: int, epoch_visits: int | None) -> None:
         schedule = self._pruner.schedule
         assert isinstance(schedule, EpochSchedule)
+        batches = None if epoch_visits is None else -(-epoch_visits // batch_size)
         self._pruner.reschedule(
-            EpochSchedule(schedule.num_samples, schedule.num_passes, batch_size, epoch_visits=epoch_visits)
+            EpochSchedule(
+                schedule.num_samples,
+                schedule.num_passes,
+                batch_size,
+                batches,
+                epoch_visits=epoch_visits,
+                max_steps=schedule.max_steps,
+            )
         )
 
 

@@ -281,7 +281,7 @@ class Walk:
         if self._delivered is None:
             return self.plan
         done = torch.cat([self.plan.indices[: self.start], self._done_in_any_order(self._delivered)])
-        is_done = torch.zeros(self._num_samples, dtype=torch.bool)
+        is_done = torch.zeros(self._num_samples, dtype=torch.bool, device="cpu")
         is_done[done] = True
         indices = torch.cat([done, self.plan.indices[~is_done[self.plan.indices]]])
         return Plan(indices, self._weights(indices), self.plan.pruned, self.plan.threshold)

@@ -8,7 +8,14 @@ from functools import partial
 from torch import nn
 
 from .attach import AttachedViews
-from .registry import HeadRule, register_head_rule, register_head_view, register_loss_view, register_separable_loss
+from .registry import (
+    HeadRule,
+    register_head_rule,
+    register_head_view,
+    register_loss_view,
+    register_samplewise_loss,
+    register_separable_loss,
+)
 from .views import SampleLosses
 from .weigher import LossWeigher
 
@@ -54,5 +61,6 @@ __all__ = [
     "register_head_rule",
     "register_head_view",
     "register_loss_view",
+    "register_samplewise_loss",
     "register_separable_loss",
 ]

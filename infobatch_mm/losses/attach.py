@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from .refusals import HOW_TO
 from .registry import HeadRule, ViewFactory, head_rule, loss_factory, samplewise
 from .samplewise import SamplewiseView
 from .views import LossView, VectorisedView
-from .weigher import HOW_TO, LossWeigher
+from .weigher import LossWeigher
 
 
 class AttachedViews:
@@ -122,6 +123,7 @@ def head_views(
         separable=rule.separable,
         trusted=rule.trusted,
         apart=rule.apart,
+        reduction=rule.reduction,
         axes=rule.axes,
         rows=rule.rows,
         valid=rule.valid or default.valid,

@@ -84,11 +84,15 @@ class BatchedArguments:
         )
 
     def reordered(self, order: list[int]) -> dict[str, Any]:
-        """The arguments of a batch of these samples in this order; not for arguments with ``rows``."""
-        return self._map(
-            lambda tensor, axis, rows: tensor.index_select(axis, torch.tensor(order, device=tensor.device)),
-            lambda values: _shallow(like(values, [values[i] for i in order])),
-        )
+        """The arguments of a batch of these samples in this order."""
+
+        def taken(tensor: Tensor, axis: int, rows: list[int] | None) -> Tensor:
+            if rows is not None:
+                pieces = tensor.split(rows, axis)
+                return torch.cat([pieces[i] for i in order], axis)
+            return tensor.index_select(axis, torch.tensor(order, dtype=torch.int64, device=tensor.device))
+
+        return self._map(taken, lambda values: _shallow(like(values, [values[i] for i in order])))
 
     def predictions(self) -> list[tuple[Tensor, int]]:
         """Batched tensors that carry a gradient, each with its batch axis; not for arguments with ``rows``."""
@@ -170,7 +174,12 @@ class BatchedArguments:
 def have_instances(head: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     """Which images have something to find, shape ``(B,)``, bool; None if the head is not given instances."""
     instances = arguments.get("batch_gt_instances")
-    return None if instances is None else torch.tensor([len(each) > 0 for each in instances])
+    return None if instances is None else bools([len(each) > 0 for each in instances])
+
+
+def bools(values: list[bool]) -> Tensor:
+    """The values on the CPU, whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.bool, device="cpu")
 
 
 class _Pieces(list):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradients import ScaledGradient, ValueOfOne
-from .weigher import HOW_TO
+from .refusals import HOW_TO
 
 _WEIGHED = (ValueOfOne._backward_cls, ScaledGradient._backward_cls)  # type: ignore[attr-defined]
 #: A compiled function is one node, in which nothing can be seen; so are ours within one.

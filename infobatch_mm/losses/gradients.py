@@ -23,7 +23,9 @@ def along(values: Tensor, tensor: Tensor, axis: int, rows: list[int] | None = No
         Tensor: As many dimensions as the tensor has, of size 1 but along ``axis``.
     """
     if rows is not None:
-        values = values.repeat_interleave(moved(torch.tensor(rows), values.device), output_size=tensor.shape[axis])
+        values = values.repeat_interleave(
+            moved(torch.tensor(rows, dtype=torch.int64, device="cpu"), values.device), output_size=tensor.shape[axis]
+        )
     return values.view([-1 if dim == axis else 1 for dim in range(tensor.dim())])
 
 
@@ -39,15 +41,27 @@ class ValueOfOne(torch.autograd.Function):
         return None, grads[0]
 
 
+class ShownValue(torch.autograd.Function):
+    """Forward the first argument, backward the gradient to the second: a loss that is weighed further back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
 class ScaledGradient(torch.autograd.Function):
-    """Forward the first argument, backward its gradient times the second."""
+    """Forward the first argument, times the third if there is one; backward its gradient times the second."""
 
     @staticmethod
-    def forward(ctx: Any, predictions: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, weights: Tensor, factors: Tensor | None = None) -> Tensor:
         ctx.save_for_backward(weights)
-        return predictions.view_as(predictions)
+        return values.view_as(values) if factors is None else (values * factors).to(values.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
-        return (grads[0] * weights).to(grads[0].dtype), None
+        return (grads[0] * weights).to(grads[0].dtype), None, None

@@ -81,7 +81,7 @@ class MixingView(LossView):
         # A look at the device would make the step wait. What was found once stays, and comes over while steps go on.
         if self._found is None or self._seen is None:
             self._found = torch.zeros_like(found)
-            self._seen = torch.zeros_like(found, device="cpu", pin_memory=found.is_cuda)
+            self._seen = _written_meanwhile(found)
         self._judge(self._seen)
         self._found = torch.maximum(found, self._found)
         self._seen.copy_(self._found, non_blocking=True)
@@ -93,6 +93,15 @@ class MixingView(LossView):
 
     def _refused(self, why: str) -> ValueError:
         return ValueError(f"{self.title} cannot be followed: {why}; remove it, or train without InfoBatchHook")
+
+
+def _written_meanwhile(found: Tensor) -> Tensor:
+    """Zeros on the CPU, into which a device can write while steps go on: in pinned memory, if there is such a thing."""
+    zeros = torch.zeros(found.shape, dtype=found.dtype, device="cpu")
+    try:
+        return zeros.pin_memory()
+    except (RuntimeError, NotImplementedError):  # of this device torch knows no pinned memory
+        return zeros
 
 
 def _findings(alone: tuple[Tensor, Tensor], result: tuple[Tensor, Tensor], shares: Tensor) -> Tensor:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from mmdet.models.detectors.single_stage_instance_seg import SingleStageInstanceSegmentor
 from torch import Tensor, nn
 
 from .attach import head_views
-from .batch import LAYERS_FIRST, have_instances
+from .batch import LAYERS_FIRST, bools, have_instances
+from .refusals import HOW_TO, cannot_be_weighed
 from .registry import HeadRule
 from .views import LossView, model_views
-from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
+from .weigher import LossWeigher
 
 
 def _rois_of_samples(head: nn.Module, arguments: dict) -> dict[str, list[int]]:
@@ -33,7 +33,7 @@ def _rois_of_samples(head: nn.Module, arguments: dict) -> dict[str, list[int]]:
 def _has_boxes(head: nn.Module, arguments: dict) -> Tensor | None:
     """Which images have something to find: a loss over no positives has no size to be compared by."""
     if "sampling_results" in arguments:
-        return torch.tensor([len(result.pos_priors) > 0 for result in arguments["sampling_results"]])
+        return bools([len(result.pos_priors) > 0 for result in arguments["sampling_results"]])
     return have_instances(head, arguments)
 
 
@@ -71,7 +71,12 @@ def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         name = prefix + name
         ours = type(child).__module__.startswith(("mmdet.", "mmseg."))
         if callable(getattr(child, "loss_and_target", None)):
-            yield name, child, HeadRule(method="loss_and_target", trusted=ours, rows=_rois_of_samples, valid=_has_boxes)
+            # MMDetection's are means over the RoIs of the batch.
+            reduction = "mean" if ours else None
+            rule = HeadRule(
+                method="loss_and_target", trusted=ours, reduction=reduction, rows=_rois_of_samples, valid=_has_boxes
+            )
+            yield name, child, rule
         elif callable(getattr(child, "loss_by_feat", None)):
             yield name, child, HeadRule(axes=LAYERS_FIRST, trusted=ours, valid=_has_boxes)
         else:

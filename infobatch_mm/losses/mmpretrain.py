@@ -16,10 +16,11 @@ from . import mmpretrain_losses  # noqa: F401  (registers the views of losses)
 from .attach import head_views, module_views
 from .mixing import MixingView
 from .mmpretrain_selfsup import self_supervised_views
+from .refusals import HOW_TO, cannot_be_weighed
 from .registry import HeadRule, head_rule, register_head_rule
 from .results import losses_in, replace_losses
 from .views import LossView, model_views
-from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
+from .weigher import LossWeigher
 
 # Their losses all come from one loss module, which is called with (B, ...) predictions and targets.
 for _head in (heads.ClsHead, heads.MultiLabelClsHead, heads.ConformerHead, heads.EfficientFormerClsHead):

@@ -16,9 +16,10 @@ from mmpretrain.models.losses.seesaw_loss import seesaw_ce_loss
 from mmpretrain.models.losses.utils import weight_reduce_loss
 from torch import Tensor, nn
 
+from .refusals import check_reduction
 from .registry import register_loss_factory, samplewise
 from .views import LossView, SampleLosses, VectorisedView
-from .weigher import LossWeigher, check_reduction, samplewise_sum
+from .weigher import LossWeigher, samplewise_sum
 
 _IGNORED = -100  # torch's default, which the host leaves as it is
 

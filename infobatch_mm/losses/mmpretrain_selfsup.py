@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attach import head_views
+from .refusals import cannot_be_weighed
 from .registry import HeadRule, ViewFactory, head_rule, register_head_rule, register_loss_factory
 from .views import LossView, SampleLosses, VectorisedView
-from .weigher import LossWeigher, cannot_be_weighed, samplewise_sum
+from .weigher import LossWeigher, samplewise_sum
 
 #: Why a sample's loss is not its own: leaving some samples out changes that of the others.
 _COUPLED = {
@@ -123,7 +124,7 @@ def _masked_mean(elements: Tensor, mask: Tensor | None, divisor: float = 1) -> S
     shape = (1,) * (elements.dim() - mask.dim()) + mask.shape
     counts = samplewise_sum(mask.view(shape).expand(len(elements), *shape[1:]))
     value = masked.detach().sum() / total / divisor
-    return SampleLosses(samplewise_sum(masked) / divisor, total, counts, value=value)
+    return SampleLosses(samplewise_sum(masked) / divisor, total, counts, value=value, mean_over_valid=True)
 
 
 def _pixels(module: nn.Module, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> SampleLosses:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from .attach import head_views
 from .batch import LAYERS_FIRST, have_instances
 from .mmseg_losses import has_valid_pixel
+from .refusals import HOW_TO
 from .registry import HeadRule, register_head_rule, samplewise
 from .views import LossView, model_views
-from .weigher import HOW_TO, LossWeigher
+from .weigher import LossWeigher
 
 # Their losses all come from loss modules that are called with (B, ...) predictions and labels.
 for _head in (
@@ -46,7 +47,8 @@ for _head in (
 # Set prediction: masks are matched to instances, and normalised by the number of instances in the batch.
 # An image without a valid pixel has none.
 for _head in (MaskFormerHead, Mask2FormerHead, SideAdapterCLIPHead):
-    register_head_rule(_head, HeadRule(trusted=True, axes=LAYERS_FIRST, valid=have_instances), replace=False)
+    _rule = HeadRule(trusted=True, reduction="mean", axes=LAYERS_FIRST, valid=have_instances)
+    register_head_rule(_head, _rule, replace=False)
 
 
 def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = False) -> list[LossView]:

@@ -5,7 +5,7 @@ Normalisers are the host's and never see a weight.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -23,10 +23,13 @@ from mmseg.models.losses import (
 from mmseg.models.losses.cross_entropy_loss import binary_cross_entropy, cross_entropy
 from mmseg.models.losses.kldiv_loss import KLDivLoss
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ..core.devices import moved
+from .refusals import check_reduction
 from .registry import register_loss_factory, samplewise
 from .views import LossView, RowwiseView, SampleLosses, VectorisedView
-from .weigher import LossWeigher, check_reduction, samplewise_sum, valid_per_sample
+from .weigher import LossWeigher, samplewise_sum, valid_per_sample
 
 _EPS = torch.finfo(torch.float32).eps  # what the host adds to its normalisers
 
@@ -93,7 +96,17 @@ def _cross_entropy(
         # One-hot losses have one element per class and pixel.
         counts=valid_per_sample(valid) * (elementwise.numel() // valid.numel()),
         value=value,
+        mean_over_valid=_is_mean_over_valid(binary, reduction, avg_factor, class_weight, avg_non_ignore),
     )
+
+
+def _is_mean_over_valid(
+    binary: bool, reduction: str, avg_factor: float | None, class_weight: Tensor | None, avg_non_ignore: bool
+) -> bool:
+    """Whether :func:`_normaliser` counts valid pixels only, or adds up the weights of their classes."""
+    if _given_normaliser(reduction, avg_factor) is not None:
+        return False
+    return avg_non_ignore or (not binary and class_weight is not None and not _counts_ignored_pixels())
 
 
 def _normaliser(
@@ -135,8 +148,9 @@ def _counts_ignored_pixels() -> bool:
 
     Upstream mmseg does, its fork does not: ask it, with one valid and one ignored pixel.
     """
-    pred, label = torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 1]]])
-    loss = cross_entropy(pred, label, class_weight=torch.ones(2), ignore_index=1)
+    pred = torch.zeros(1, 2, 1, 2, dtype=torch.float32, device="cpu")
+    label = torch.tensor([[[0, 1]]], dtype=torch.int64, device="cpu")
+    loss = cross_entropy(pred, label, class_weight=torch.ones(2, dtype=torch.float32, device="cpu"), ignore_index=1)
     return bool(loss < 0.5)  # ln(2) over one pixel, or over two
 
 
@@ -178,7 +192,7 @@ def _lovasz_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: s
     if module.per_image:
         return _elements_view(module, weigher, scored, title)
     # Sorts the pixels of the whole batch: each one's gradient depends on all others.
-    return samplewise(trusted=True, valid=has_valid_pixel)(module, weigher, scored, title)
+    return samplewise(trusted=True, reduction="mean", valid=has_valid_pixel)(module, weigher, scored, title)
 
 
 @register_loss_factory(KLDivLoss, replace=False)
@@ -189,9 +203,28 @@ def _kl_divergence_view(module: nn.Module, weigher: LossWeigher, scored: bool, t
 # ---- losses that are evaluated sample by sample -----------------------------------------------------
 
 
-# OHEM keeps the hardest pixels of the batch: they, and their number, are held like a normaliser.
-for _loss in (TverskyLoss, HuasdorffDisstanceLoss, OhemCrossEntropy):
-    register_loss_factory(_loss, replace=False)(samplewise(separable=True, trusted=True, valid=has_valid_pixel))
+_separable = partial(samplewise, separable=True, trusted=True, valid=has_valid_pixel)
+for _loss in (TverskyLoss, HuasdorffDisstanceLoss):
+    register_loss_factory(_loss, replace=False)(_separable())
+
+
+def _ohem_shares(module: nn.Module, arguments: dict) -> Tensor:
+    """What each sample contributes to the mean over the batch's kept pixels, which are found as the host finds them."""
+    score, target = arguments["score"], arguments["target"]
+    class_weight = module.class_weight
+    if class_weight is not None:
+        class_weight = moved(torch.tensor(class_weight, dtype=score.dtype, device="cpu"), score.device)
+    pixels = F.cross_entropy(score, target, class_weight, ignore_index=module.ignore_label, reduction="none")
+    valid = target != module.ignore_label
+    confidences = F.softmax(score, dim=1).gather(1, torch.where(valid, target, 0).unsqueeze(1)).squeeze(1)
+    ranked = torch.where(valid, confidences, torch.inf).flatten().sort().values
+    least = ranked.gather(0, (valid.sum() - 1).clamp(min=0, max=module.min_kept).view(1))
+    kept = valid & (confidences < least.clamp(min=module.thresh))
+    return module.loss_weight * samplewise_sum(torch.where(kept, pixels, 0)) / kept.sum()
+
+
+# Keeps the hardest of the valid pixels of the batch: they, and their number, are held like a normaliser.
+register_loss_factory(OhemCrossEntropy, replace=False)(_separable(mean_over_valid=True, shares=_ohem_shares))
 
 # Weighs its two classes by their numbers of pixels in the batch.
-register_loss_factory(BoundaryLoss, replace=False)(samplewise(trusted=True, valid=has_valid_pixel))
+register_loss_factory(BoundaryLoss, replace=False)(samplewise(trusted=True, reduction="mean", valid=has_valid_pixel))

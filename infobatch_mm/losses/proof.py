@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import BatchedArguments
+from .refusals import cannot_be_weighed
 from .results import losses_in
-from .weigher import cannot_be_weighed
 
 
 def check_order(title: str, data_samples: Sequence[Any] | None, arguments: Iterable[Any]) -> None:
@@ -35,6 +36,19 @@ def check_order(title: str, data_samples: Sequence[Any] | None, arguments: Itera
                 f"it is given {len(given)} of the {len(expected)} data samples of the batch, or in another order: "
                 "expected all in the order of the batch",
             )
+
+
+@contextmanager
+def in_full_precision(batch: BatchedArguments) -> Iterator[BatchedArguments]:
+    """The arguments of a call, for evaluations without autocast: half precision proves nothing."""
+    device_type = batch.device_type
+    if not torch.amp.is_autocast_available(device_type):
+        yield batch
+        return
+    if torch.is_autocast_enabled(device_type):
+        batch = batch.in_float32()
+    with torch.autocast(device_type, enabled=False):
+        yield batch
 
 
 def prove_samples_alike(
@@ -66,10 +80,7 @@ def prove_samples_alike(
         return False
     if batch.has_rows:
         return True  # cannot be put into another order
-    device_type = batch.device_type
-    if torch.is_autocast_enabled(device_type):  # half precision proves nothing
-        batch = batch.in_float32()
-    with torch.autocast(device_type, enabled=False):
+    with in_full_precision(batch) as batch:
         draws = _check_order_is_free(call, batch, reset, title)
         if apart and draws:
             raise cannot_be_weighed(

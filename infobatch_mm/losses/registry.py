@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as with_values
 from typing import Any
 
 from torch import Tensor, nn
 
+from .reduction import check_said
 from .samplewise import SamplewiseView
 from .views import LossView, OrderView, SampleLosses, VectorisedView
 from .weigher import LossWeigher
@@ -32,6 +34,9 @@ class HeadRule:
         separable (bool): Else whether these losses are sums over samples once their normalisers are held.
         trusted (bool): Else whether the head needs no proof that it treats the samples of a batch alike.
         apart (bool): Else whether a loss that compares the samples of a batch with one another is refused.
+        reduction (str, optional): Else whether losses that are not separable are a ``'mean'`` or a ``'sum'`` over the
+            samples of the batch. Defaults to None: it is found out in the first step. Needed where that cannot be
+            seen, as with losses that draw random numbers.
         axes, rows, valid: See :class:`SamplewiseView`.
         function (Callable, optional): Else the head's vectorised view: see :func:`register_head_view`.
     """
@@ -43,10 +48,14 @@ class HeadRule:
     separable: bool = False
     trusted: bool = False
     apart: bool = False
+    reduction: str | None = None
     axes: Mapping[str, int | None] | None = None
     rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None
     valid: Callable[[nn.Module, dict], Tensor | None] | None = None
     function: HeadFunction | None = None
+
+    def __post_init__(self) -> None:
+        check_said(self.reduction)
 
 
 _LOSSES: dict[type, ViewFactory] = {}
@@ -82,7 +91,10 @@ def register_loss_view(loss: type[nn.Module]) -> Callable[[LossFunction], LossFu
 
 
 def register_separable_loss(
-    loss: type[nn.Module], valid: Callable[[nn.Module, dict], Tensor | None] | None = None
+    loss: type[nn.Module],
+    valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
+    *,
+    mean_over_valid: bool = False,
 ) -> None:
     """Promise that a loss is a sum over samples once its normaliser is held.
 
@@ -93,8 +105,36 @@ def register_separable_loss(
         loss (type): Class of the loss module.
         valid (Callable, optional): ``valid(module, arguments)`` tells which samples are scored, see
             :class:`SamplewiseView`. Defaults to all.
+        mean_over_valid (bool): Whether the normaliser counts the valid elements of the batch, as a mean over pixels
+            that are not ignored does, and not all. Defaults to False.
     """
-    register_loss_factory(loss)(samplewise(separable=True, valid=valid))
+    register_loss_factory(loss)(samplewise(separable=True, valid=valid, mean_over_valid=mean_over_valid))
+
+
+def register_samplewise_loss(
+    loss: type[nn.Module],
+    *,
+    reduction: str | None = None,
+    valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
+) -> None:
+    """Say how a loss is weighed that is evaluated sample by sample, and is no sum over samples.
+
+    Losses nobody registered are weighed like this too. Holds for subclasses that do not define a ``forward`` of their
+    own.
+
+    Args:
+        loss (type): Class of the loss module.
+        reduction (str, optional): Whether it is a ``'mean'`` or a ``'sum'`` over the samples of the batch: in pruned
+            passes the mean, or the sum, of the samples' own losses by weights is optimised. Defaults to None: it is
+            found out in the first step, on copies of a sample. Needed where that cannot be seen, as with a loss that
+            draws random numbers.
+        valid (Callable, optional): As :func:`register_separable_loss` takes it. Defaults to all.
+
+    Raises:
+        ValueError: If the reduction is another.
+    """
+    check_said(reduction)
+    register_loss_factory(loss)(samplewise(reduction=reduction, valid=valid))
 
 
 def register_loss_factory(loss: type[nn.Module], *, replace: bool = True) -> Callable[[ViewFactory], ViewFactory]:
@@ -132,7 +172,9 @@ def register_head_view(head: type[nn.Module], method: str = "loss_by_feat") -> C
     return decorate
 
 
-def register_head_rule(head: type[nn.Module], rule: HeadRule, *, replace: bool = True) -> None:
+def register_head_rule(
+    head: type[nn.Module], rule: HeadRule | None = None, *, reduction: str | None = None, replace: bool = True
+) -> None:
     """Say how the losses of a head are weighed without a view of its own.
 
     A rule holds for subclasses that do not define the method themselves. Heads nobody registered are
@@ -141,13 +183,21 @@ def register_head_rule(head: type[nn.Module], rule: HeadRule, *, replace: bool =
 
     Args:
         head (type): Class of the head.
-        rule (HeadRule): How.
+        rule (HeadRule, optional): How. Defaults to sample by sample at ``loss_by_feat``.
+        reduction (str, optional): Takes the place of the rule's. Defaults to the rule's.
         replace (bool): Whether it takes the place of an earlier registration. Defaults to True.
+
+    Raises:
+        ValueError: If the reduction is neither ``'mean'`` nor ``'sum'``.
 
     Example:
         >>> register_head_rule(MyHead, HeadRule(by_modules=True))     # calls its loss modules with (B, ...) tensors
         >>> register_head_rule(MyQueryHead, HeadRule(axes=dict(all_scores=1)))  # (layers, B, queries, classes)
+        >>> register_head_rule(MyRandomHead, reduction="sum")  # a sum over samples, which dropout hides
     """
+    rule = rule or HeadRule()
+    if reduction is not None:
+        rule = with_values(rule, reduction=reduction)
     if replace or head not in _HEADS:
         _HEADS[head] = rule
 

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ..core import rng
+from ..core.devices import moved
+from ..core.distributed import world_size
 from .batch import BatchedArguments, stack_scalars
 from .memory import Memory
 from .proof import check_order, prove_samples_alike
+from .reduction import Reduction
+from .refusals import HOW_TO, cannot_be_weighed
 from .results import loss_at, losses_in, replace_losses, written
 from .sound import Quarantine, Verdict, soundness
-from .views import LossView, asks_for_elements
-from .weigher import HOW_TO, LossWeigher, cannot_be_weighed
+from .view import LossView, asks_for_elements
+from .weigher import LossWeigher
 
 
 class SamplewiseView(LossView):
@@ -26,8 +30,9 @@ class SamplewiseView(LossView):
 
     Where a loss separates over samples, the host's own evaluation is optimised, with the gradient of each
     sample's predictions multiplied by its weight. Where it does not, that is so in full passes (all weights
-    are 1), and in pruned ones the mean of weight_i * l_i is optimised, l_i being the host's loss on sample
-    i alone. The host's value is shown in any case, and l_i is the score.
+    are 1), and in pruned ones the mean, or the sum, of weight_i * l_i is optimised, l_i being the host's loss on
+    sample i alone. l_i is the score. The host's value is shown in full passes, in pruned ones what is comparable with
+    it (:mod:`.logged`).
 
     Args:
         separable (bool): Whether the loss is a sum over samples once its normaliser is held.
@@ -35,6 +40,13 @@ class SamplewiseView(LossView):
             its predictions. Others are put to the proof in the first step.
         apart (bool): Whether to refuse, in the first step, a loss that compares the samples of a batch with one
             another: in a contrastive one no sample has a loss of its own.
+        reduction (str, optional): ``'mean'`` or ``'sum'`` over samples, of a loss that is not separable. Defaults to
+            None: it is found out in the first step, or refused (:class:`.Reduction`).
+        mean_over_valid (bool): Whether the normaliser of a separable loss counts the valid elements of the batch, see
+            :meth:`.LossWeigher.begin`. Defaults to False.
+        shares (Callable, optional): ``shares(owner, arguments)`` gives what each sample contributes to a separable
+            loss, shape ``(B,)``, for the value that is shown in pruned passes. Defaults to the samples' own losses,
+            which are other shares where a loss is normalised by what differs from sample to sample.
         axes (Mapping, optional): See :class:`BatchedArguments`.
         rows (Callable, optional): ``rows(owner, arguments)`` gives the ``rows`` of :class:`BatchedArguments`.
         valid (Callable, optional): ``valid(owner, arguments)`` tells which samples have something to be
@@ -54,6 +66,9 @@ class SamplewiseView(LossView):
         separable: bool = False,
         trusted: bool = False,
         apart: bool = False,
+        reduction: str | None = None,
+        mean_over_valid: bool = False,
+        shares: Callable[[nn.Module, dict], Tensor] | None = None,
         axes: Mapping[str, int | None] | None = None,
         rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None,
         valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
@@ -62,13 +77,13 @@ class SamplewiseView(LossView):
         self.separable = separable
         self._trusted = trusted
         self._apart = apart
+        self._mean_over_valid, self._shares = mean_over_valid, shares
         self._met = False
         self._memory = Memory(owner)
         self._quarantine = Quarantine(owner)
-        # Losses that are summed over the batch, and not averaged.
-        self._summed: set[tuple] = set()
+        self._reduction = Reduction(title, reduction, _how_to_say(owner, attribute), trusted)
         # Heads may write into their predictions: only losses that are known not to get the originals.
-        self._writable = not trusted or attribute != "forward"
+        self._writable = not trusted
         self._axes, self._rows, self._valid = axes, rows, valid
         self._signature = inspect.signature(self.host)
 
@@ -85,26 +100,58 @@ class SamplewiseView(LossView):
         optimised = torch.is_grad_enabled() and not held
         verdict = Verdict() if optimised and (valid is not None or self._apart) else None
         alone = None
-        if self.scored or not held:
+        if self.scored or (self.weigher.pruned and self._shares is None):  # a pruned pass shows what they come to
             with torch.set_grad_enabled(optimised):
                 alone = self._evaluate_alone(batch, verdict)
+            self._learn_reductions(batch, alone, valid)
         # The host comes last: what it remembers of the batch, and what it draws, is as it is without us.
         rng.restore(generators)
         result = self._evaluate_host(batch, held)
-        if alone is None:
-            return result
-        per_sample = self._per_sample(result, alone)
+        per_sample = {} if alone is None else self._per_sample(result, alone)
         if self.scored and per_sample:
             self.weigher.score(torch.stack([losses.detach() for losses in per_sample.values()]).sum(0), valid)
         if held:
-            return result
-        if verdict is not None and per_sample:
+            return self._of_host(result, per_sample, valid, batch.arguments)
+        empty = [path for path, _ in losses_in(result) if path not in per_sample]
+        if verdict is not None and per_sample and alone is not None:
             per_sample = self._without_unsound(per_sample, result, alone, valid, verdict)
         weighed = {}
         for path, losses in per_sample.items():
-            normaliser = 1.0 if path in self._summed else len(losses)
-            weighed[path] = self.weigher.weigh(losses, loss_at(result, path), normaliser, self.title)
+            normaliser = self._reduction.normaliser(path, len(losses))
+            weighed[path] = self.weigher.weigh(losses, loss_at(result, path), normaliser, self.title, own=True)
+        if empty and torch.is_grad_enabled():  # nothing was there to train on: the host knows what that is worth
+            rng.restore(generators)
+            with self._memory.aside():
+                result = self._evaluate_host(batch, held=True)
         return replace_losses(result, weighed)
+
+    def _of_host(
+        self, result: Any, per_sample: dict[tuple, Tensor], valid: Tensor | None, arguments: Mapping[str, Any]
+    ) -> Any:
+        """The host's losses of the batch, which are trained on by its own evaluation."""
+        shares = None
+        if self._shares is not None and self.weigher.pruned:
+            with torch.no_grad():
+                shares = self._shares(self.owner, dict(arguments))
+        shown = {}
+        for path, loss in losses_in(result):
+            own = per_sample.get(path, shares)
+            self._distrust(loss, own)
+            if shares is not None:
+                shown[path] = self.weigher.of_host(loss, shares, own=False)
+            elif own is not None and self.separable:
+                if valid is not None:  # a sample without a valid pixel may be 0/0 alone
+                    own = torch.where(moved(valid, own.device) | own.isfinite(), own, 0)
+                shown[path] = self.weigher.of_host(loss, own, own=True)
+        return replace_losses(result, shown)
+
+    def _distrust(self, loss: Tensor, own: Tensor | None) -> None:
+        """Whose loss it is that spoils the batch's; if nobody's, or if nobody knows, all are in it."""
+        broken = ~loss.detach().isfinite().all()
+        if own is not None:
+            finite = own.isfinite()
+            broken = broken & (~finite | finite.all())
+        self.weigher.distrust(broken)
 
     def _without_unsound(
         self,
@@ -143,30 +190,25 @@ class SamplewiseView(LossView):
         for losses in alone:
             for path, loss in losses.items():
                 self._check_scalar(path, loss)
-        if not self.separable and not batch.has_rows and batch.batch_size > 1:
-            self._learn_what_is_summed(batch, alone, valid)
-            reset()
+        self._learn_reductions(batch, alone, valid)
+        reset()
         self._met = self._trusted or prove_samples_alike(self._call_aside, batch, reset, self.title, self._apart)
         if batch.batch_size > 1:
             self._memory.settle()
 
-    def _learn_what_is_summed(
+    def _learn_reductions(
         self, batch: BatchedArguments, alone: list[dict[tuple, Tensor]], valid: Tensor | None
     ) -> None:
-        """See whether a loss grows with the number of samples, by that of B copies of one."""
-        totals = [sum(float(loss.sum()) for loss in losses.values()) for losses in alone]
-        usable = [True] * len(totals) if valid is None else valid.tolist()
-        largest = max(range(len(totals)), key=lambda i: (usable[i], totals[i]))
-        with torch.no_grad():
-            copies = dict(losses_in(self._call_aside(batch.reordered([largest] * batch.batch_size))))
-            again = dict(losses_in(self._call_aside(batch.reordered([largest]))))  # with other random numbers
-        for path, loss in copies.items():
-            if path not in alone[largest] or path not in again:
-                continue
-            one = abs(float(alone[largest][path].sum())) if usable[largest] else 0.0
-            certain = one > 0 and abs(abs(float(again[path].sum())) - one) < 1e-3 * one
-            if certain and abs(float(loss.sum())) > batch.batch_size**0.5 * one:
-                self._summed.add(path)
+        """See whether losses are averaged over the batch or summed, if that is not known yet."""
+        if self.separable or len(alone) < 2 or not torch.is_grad_enabled() or not self.weigher.planned:
+            return
+        # A host's loss may wait for the other processes' in each evaluation: only the first time all of them make some.
+        known = not self._reduction.unknown(alone[0])
+        if self._reduction.asked and (known or (self._trusted and world_size() > 1)):
+            return
+        paths = [path for path in alone[0] if all(path in losses for losses in alone)]
+        own = {path: stack_scalars([losses[path].detach().sum() for losses in alone]) for path in paths}
+        self._reduction.learn(self._call_aside, batch, own, valid)
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
         bound = inspect.BoundArguments(self._signature, dict(arguments))  # type: ignore[arg-type]
@@ -186,7 +228,7 @@ class SamplewiseView(LossView):
                 return self._call(batch.mapped(lambda tensor, axis, rows: tensor.detach().clone()))
 
         def scaled(tensor: Tensor, axis: int, rows: list[int] | None) -> Tensor:
-            tensor = self.weigher.scale_gradient(tensor, axis, rows)
+            tensor = self.weigher.scale_gradient(tensor, axis, rows, mean_over_valid=self._mean_over_valid)
             return tensor.clone() if self._writable else tensor
 
         result = self._call(batch.mapped(scaled))
@@ -233,3 +275,11 @@ class SamplewiseView(LossView):
                 f"{self.title} cannot be weighed: expected a scalar for {written(path)}, got the shape "
                 f"{tuple(loss.shape)}; use reduction='mean', or {HOW_TO}"
             )
+
+
+def _how_to_say(owner: nn.Module, attribute: str) -> str:
+    """How a user says whether a loss is a mean or a sum, for messages."""
+    name = type(owner).__name__
+    if attribute == "forward":
+        return f"register_samplewise_loss({name}, reduction='mean'), or reduction='sum'"
+    return f"register_head_rule({name}, HeadRule(method={attribute!r}, reduction='mean')), or reduction='sum'"

@@ -1,13 +1,10 @@
-"""Views: what stands between a host's loss and the host, for the length of one run.
+"""The views of models, and of heads and losses whose values by sample come from one evaluation.
 
-A view takes the place of one attribute of a module (a loss's ``forward``, a head's ``loss_by_feat``), calls
-what it replaced, and gives the host the same value with a weighted gradient. Those here take the loss of
-every sample from one evaluation; ``samplewise.py`` has the one that works for any loss.
+``samplewise.py`` has the view that works for any loss.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,85 +16,10 @@ from ..core import rng
 from .coverage import Coverage
 from .memory import Memory
 from .proof import check_order
+from .refusals import HOW_TO
 from .results import losses_in, replace_losses, written
-from .weigher import HOW_TO, LossWeigher
-
-
-class LossView:
-    """Stands in for one attribute of a module.
-
-    Args:
-        owner (nn.Module): The module.
-        attribute (str): The method or function to stand in for.
-        weigher (LossWeigher): Weights and scores of the batch.
-        scored (bool): Whether this loss is part of the samples' scores. Defaults to False.
-        title (str): The loss's name for messages.
-    """
-
-    #: Whether the losses of all samples come from one evaluation.
-    vectorised = True
-
-    def __init__(
-        self, owner: nn.Module, attribute: str, weigher: LossWeigher, scored: bool = False, title: str = ""
-    ) -> None:
-        self.owner = owner
-        self.attribute = attribute
-        self.weigher = weigher
-        self.scored = scored
-        self.title = title or f"{type(owner).__name__}.{attribute}"
-        self.host: Callable = getattr(owner, attribute)
-        self._replaced = attribute in vars(owner)
-        self._inside = self._retired = False
-
-    def attach(self) -> None:
-        """Take the host's place."""
-        setattr(self.owner, self.attribute, self)
-
-    @property
-    def place(self) -> tuple[int, str]:
-        """What tells places in a model apart."""
-        return id(self.owner), self.attribute
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the view stands where it was put, and nobody has put something else there."""
-        return vars(self.owner).get(self.attribute) is self
-
-    def restore(self) -> None:
-        """Give the host its place back, unless something else stands there by now: that may still call the view."""
-        self._retired = True
-        if not self.in_place:
-            return
-        if self._replaced:
-            setattr(self.owner, self.attribute, self.host)
-        else:
-            delattr(self.owner, self.attribute)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # A view that calls its own module means the host.
-        if self._inside or self._retired or not self.weigher.active:
-            return self.host(*args, **kwargs)
-        self._inside = True
-        try:
-            return self.weighed(*args, **kwargs)
-        finally:
-            self._inside = False
-
-    def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's result with a weighted gradient; called while a batch is in hand."""
-        raise NotImplementedError
-
-    # Copies of the model (an EMA model, a pickled one) get the host's own method back: they are not part
-    # of this run.
-    def __deepcopy__(self, memo: dict) -> Callable:
-        if self._replaced:
-            return copy.deepcopy(self.host, memo)
-        return getattr(type(self.owner), self.attribute).__get__(copy.deepcopy(self.owner, memo))
-
-    def __reduce__(self) -> tuple:
-        if self._replaced:
-            return _identity, (self.host,)
-        return _method_of, (self.owner, self.attribute)
+from .view import LossView, asks_for_elements
+from .weigher import LossWeigher
 
 
 @dataclass
@@ -114,6 +36,9 @@ class SampleLosses:
         value (Tensor, optional): The host's own value, where it can be had to the bit.
         floor (Callable, optional): Gives the smallest sum that each sample's target allows, shape ``(B,)``. Those of
             mixed images differ: where images are mixed it is no part of the score.
+        mean_over_valid (bool): Whether the normaliser counts the valid elements of the batch, or adds up what depends
+            on them, and not all elements: samples without a valid one change it then, see
+            :meth:`.LossWeigher.begin`. Defaults to False.
     """
 
     sums: Tensor
@@ -121,6 +46,7 @@ class SampleLosses:
     counts: Tensor
     value: Tensor | None = None
     floor: Callable[[], Tensor] | None = None
+    mean_over_valid: bool = False
 
     def shown(self) -> Tensor:
         """The loss that the host shows."""
@@ -175,7 +101,9 @@ class VectorisedView(LossView):
                 weight = self._scaled_by.loss_weight
                 sums = (weight.detach() if isinstance(weight, Tensor) else weight) * sums
             self.weigher.score(sums / losses.counts, losses.counts > 0)
-        return self.weigher.weigh(losses.sums, losses.shown(), losses.normaliser, self.title)
+        return self.weigher.weigh(
+            losses.sums, losses.shown(), losses.normaliser, self.title, mean_over_valid=losses.mean_over_valid
+        )
 
     def _compare(self, args: tuple, kwargs: dict) -> None:
         """Refuse a function that computes something else than the host does."""
@@ -216,7 +144,8 @@ def _taken_apart(result: Any, path: tuple = ()) -> Iterator[tuple[tuple, SampleL
 class RowwiseView(LossView):
     """For losses that return a value, or elements, of each sample: shape ``(B, ...)``.
 
-    However the head reduces them, the gradient that comes back to each row is multiplied by its weight.
+    Whether the head adds them up or averages them, the gradient that comes back to each row is multiplied by its
+    weight.
     """
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +158,7 @@ class RowwiseView(LossView):
         if self.scored:
             scores = losses.detach().flatten(1).mean(1) if losses.dim() > 1 else losses.detach()
             self.weigher.score(scores)
-        return self.weigher.scale_gradient(losses)
+        return self.weigher.weigh_rows(losses)
 
 
 class OrderView(LossView):
@@ -284,6 +213,11 @@ class ParsedLossesView(LossView):
         self._coverage = coverage
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.owner.training:  # somebody evaluates another batch, or trains on the host's losses, see end()
+            result = self.host(*args, **kwargs)
+            if any(loss.requires_grad for _, loss in losses_in(result)):
+                self.weigher.evaluated = type(self.owner).__name__
+            return result
         for value in (*args, *kwargs.values()):
             self._coverage.check(dict(losses_in(value)), self.weigher.pruned, parsed=True)
         result = self.host(*args, **kwargs)
@@ -301,17 +235,3 @@ def model_views(
     """The views of a model itself, beside those of its heads; see :class:`ModelView`."""
     coverage = Coverage(model)
     return [ModelView(model, weigher, coverage, labelled), ParsedLossesView(model, weigher, coverage)]
-
-
-def asks_for_elements(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether a loss is called for its elements: pixel samplers choose pixels by them, nothing is optimised."""
-    given = (*args, kwargs.get("reduction_override"), kwargs.get("reduction"))
-    return any(isinstance(value, str) and value == "none" for value in given)
-
-
-def _identity(host: Callable) -> Callable:
-    return host
-
-
-def _method_of(owner: nn.Module, attribute: str) -> Callable:
-    return getattr(type(owner), attribute).__get__(owner)

@@ -1059,3 +1059,14 @@ def test_items_with_seeds_are_read_one_by_one():
 def test_a_batch_of_too_few_items_is_refused():
     with pytest.raises(ValueError, match=r"AtOnce\.__getitems__ gave 3 items for 4 indices"):
         IndexedItems(AtOnce(missing=1)).__getitems__([0, 1, 2, 3])
+
+
+def test_prior_preservation_is_told_how_to_go_on():
+    def collate(items: list) -> torch.Tensor:
+        return torch.tensor([*items, *(100 + item for item in items)])
+
+    wrapped = IndexedCollate(collate)
+    with pytest.raises(ValueError, match=r"4 rows for 2 samples.*first 2 rows .* prior preservation.*keeps_order"):
+        wrapped([(0, 0), (1, 1)])
+    index, batch = IndexedCollate(keeps_order(collate))([(0, 0), (1, 1)])
+    assert index.tolist() == [0, 1] and batch.tolist() == [0, 1, 100, 101]

@@ -253,7 +253,7 @@ def test_after_a_pass_all_ranks_hold_equal_scores_and_books(ranks: list[dict[str
         assert torch.equal(first["times_seen"], second["times_seen"])
         assert not first["unmerged"] and not second["unmerged"]
         assert first["summary"]["per_pass"] == second["summary"]["per_pass"]
-        assert first["summary"]["samples_seen"] == second["summary"]["samples_seen"] == int(first["times_seen"].sum())
+        assert first["summary"]["visits"] == second["summary"]["visits"] == int(first["times_seen"].sum())
 
 
 @pytest.mark.parametrize("name", ["odd", "even"])

@@ -420,7 +420,7 @@ def test_books_are_equal_and_add_up(cases: list[Case], journals: Journals):
             assert entry["threshold"] == single.plan["threshold"], single.where
             mean = mean_score(scores_in(after))
             assert entry["score_mean"] == (None if mean is None else pytest.approx(mean, rel=1e-6)), single.where
-        assert summary["samples_seen"] == sum(entry["kept"] for entry in summary["per_pass"]), case
+        assert summary["visits"] == sum(entry["kept"] for entry in summary["per_pass"]), case
         assert summary["nonfinite_losses"] == nonfinite, case
         assert all(journal["summary"] == summary for journal in ranks), case
 
@@ -428,7 +428,7 @@ def test_books_are_equal_and_add_up(cases: list[Case], journals: Journals):
 def test_padding_is_not_booked_as_unusable_samples(journals: Journals):
     for case in CASES:
         if case.kind == "core":
-            assert journals[case.number][0]["summary"]["unusable_samples"] == 0, case
+            assert journals[case.number][0]["summary"]["unusable_visits"] == 0, case
 
 
 # ---- how long -----------------------------------------------------------------------------------------

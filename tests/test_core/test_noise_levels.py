@@ -15,7 +15,7 @@ import torch
 from infobatch_mm import InfoBatch
 from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, Pruner, ScoreStore
 from infobatch_mm.core.noise_levels import NUM_BINS, bins_of
-from infobatch_mm.core.scores import resolve_score
+from infobatch_mm.core.ranking import resolve_score
 from test_core.test_pruner import through_a_file
 
 N = 40
@@ -247,7 +247,7 @@ def test_a_loop_of_your_own_ranks_by_noise_level():
     state = infobatch.state_dict()
     assert state["scores"].tolist() == pytest.approx([expected[i] for i in range(N)], rel=1e-5)
     books = infobatch.summary()
-    assert (books["score"], books["score_ema"]) == ("timestep", 0.5) and books["samples_seen"] < 6 * N
+    assert (books["score"], books["score_ema"]) == ("timestep", 0.5) and books["visits"] < 6 * N
     assert books["per_pass"][0]["score_mean"] == pytest.approx(1, abs=1e-6)
     with pytest.raises(ValueError, match="needs the noise level"):
         infobatch = InfoBatch(N, 2, score="timestep")

@@ -203,7 +203,7 @@ def test_books_add_up():
     assert [entry["kept"] for entry in summary["per_pass"]] == kept
     assert [entry["pass"] for entry in summary["per_pass"]] == list(range(6))
     assert [entry["kept_ratio"] for entry in summary["per_pass"]] == [k / N for k in kept]
-    assert summary["samples_seen"] == sum(kept) < summary["samples_full"] == 6 * N
+    assert summary["visits"] == sum(kept) < summary["visits_full"] == 6 * N
     assert summary["saved_ratio"] == pytest.approx(1 - sum(kept) / (6 * N))
     assert int(pruner.store.times_seen.sum()) == sum(kept)
 
@@ -225,8 +225,8 @@ def test_books_within_a_pass_count_full_data_in_proportion():
     walk(pruner)
     assert len(pruner.begin_pass()) < 40
     walk(pruner, batches=2)
-    assert pruner.samples_seen == 48
-    assert pruner.samples_full == 40 + 40 * 8 // len(pruner.begin_pass())
+    assert pruner.visits == 48
+    assert pruner.visits_full == 40 + 40 * 8 // len(pruner.begin_pass())
 
 
 def test_partial_last_pass_is_booked_by_its_span():
@@ -237,7 +237,7 @@ def test_partial_last_pass_is_booked_by_its_span():
     assert [entry["kept"] for entry in summary["per_pass"]] == [20, 20, 20, 5]
     assert [entry["kept_ratio"] for entry in summary["per_pass"]] == [1.0] * 4
     assert summary["passes_total"] == 3.25
-    assert (summary["samples_full"], summary["saved_ratio"]) == (65, 0)
+    assert (summary["visits_full"], summary["saved_ratio"]) == (65, 0)
 
 
 def test_observed_visits_are_booked_pass_by_pass():
@@ -245,9 +245,9 @@ def test_observed_visits_are_booked_pass_by_pass():
     for _ in range(6):
         pruner.observe(4)
     assert (pruner.pass_index, pruner.visited) == (2, 4)
-    assert pruner.samples_seen == pruner.samples_full == 24
+    assert pruner.visits == pruner.visits_full == 24
     pruner.observe(6)
-    assert pruner.finished and pruner.samples_seen == 30 and pruner.saved_ratio == 0
+    assert pruner.finished and pruner.visits == 30 and pruner.saved_ratio == 0
 
 
 def test_summary_is_plain_json_with_the_keys_of_the_contract():
@@ -255,7 +255,7 @@ def test_summary_is_plain_json_with_the_keys_of_the_contract():
     walk(pruner)
     walk(pruner, batches=1)
     summary = pruner.summary()
-    keys = "policy prune_ratio delta num_samples passes_done passes_total samples_seen samples_full saved_ratio seed"
+    keys = "policy prune_ratio delta num_samples passes_done passes_total visits visits_full saved_ratio seed"
     assert set(keys.split()) | {"per_pass"} <= set(summary)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
@@ -268,7 +268,7 @@ def test_summary_counts_losses_that_were_not_recorded():
     nan = float("nan")
     pruner.record(torch.arange(4), torch.tensor([nan, 1, 1, 1]), torch.tensor([True, True, False, False]))
     pruner.store.flush()
-    assert (pruner.summary()["nonfinite_losses"], pruner.summary()["unusable_samples"]) == (1, 2)
+    assert (pruner.summary()["nonfinite_losses"], pruner.summary()["unusable_visits"]) == (1, 2)
 
 
 # ---- state --------------------------------------------------------------------------------------------------
@@ -439,7 +439,7 @@ def test_own_policy_takes_part_in_a_run():
 
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
-    del state["score_ema"], state["score"], state["skipped"]  # which earlier versions did not write
+    del state["score_ema"], state["score"], state["skipped"], state["unusable"]  # which earlier versions did not write
     for key in state:
         with pytest.raises(ValueError, match=r"damaged|version"):
             make().check_state({k: v for k, v in state.items() if k != key})

@@ -197,3 +197,40 @@ def test_whole_pruned_runs_keep_the_iteration_contract(shuffle: bool):
             pruner.finish_pass()
         assert iterations <= max_iters and last == max_iters
     assert pruned > 50
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3])
+def test_a_training_of_so_many_steps_ends_at_them(accumulated):
+    rng = random.Random(accumulated)
+    for n, b, max_steps in cases(200, seed=3):
+        epoch_batches = math.ceil(n / b)
+        schedule = EpochSchedule(n, None, b, epoch_batches, accumulated, max_steps=max_steps)
+        # The unpruned loop, step by step: every `accumulated` batches, and at an epoch's end.
+        steps, batches, visits, ends = 0, 0, 0, []
+        while steps < max_steps:
+            left = n
+            for batch in range(epoch_batches):
+                visits, left, batches = visits + min(b, left), left - min(b, left), batches + 1
+                steps += (batch + 1) % accumulated == 0 or batch + 1 == epoch_batches
+                if steps == max_steps and ((batch + 1) % accumulated == 0 or batch + 1 == epoch_batches):
+                    break
+            ends.append((steps, batches, visits))
+        assert schedule.num_passes == len(ends)
+        assert schedule.total_steps == max_steps == schedule.steps_before(schedule.num_passes)
+        assert sum(schedule.full_batches(p) for p in range(schedule.num_passes)) == batches
+        assert sum(schedule.full_visits(p) for p in range(schedule.num_passes)) == visits
+        for p, (done, *_) in enumerate(ends):
+            assert schedule.steps_before(p + 1) == schedule.steps_at(p, 1, 1) == done
+        last = schedule.num_passes - 1
+        fitted = schedule.fit(full_plan(n, torch.Generator().manual_seed(0)), last)
+        assert len(fitted) == schedule.full_visits(last)
+        pruned = schedule.fit(plan_of(IterSchedule(n, 1, b), rng, pruned=True), last)
+        assert 0 < len(pruned) <= schedule.full_visits(last)
+        assert 0 <= schedule.progress(last) < 1 == schedule.progress(last + 1)
+
+
+def test_steps_take_the_place_of_epochs():
+    assert EpochSchedule(12, 100, 4, max_steps=3).num_passes == 1
+    assert EpochSchedule(12, 100, 4, max_steps=4).num_passes == 2
+    with pytest.raises(ValueError, match="max_train_steps=0: the training needs at least one step"):
+        EpochSchedule(12, 100, 4, max_steps=0)

@@ -41,7 +41,7 @@ def original(source: str) -> str:
     return "\n".join(line.replace(REPLACED, "", 1) if line.lstrip().startswith(REPLACED) else line for line in lines)
 
 
-def check_marks(source: str, fewer_than: int = 10, left_out: str = "") -> None:
+def check_marks(source: str, fewer_than: int, left_out: str = "") -> None:
     """Few lines are ours beside the imports, and without them nothing is; ``left_out`` has no successor."""
     lines = source.splitlines()
     marked = [line.endswith(ADDED) for line in lines]
@@ -101,7 +101,7 @@ def run_with_journal(name: str, folder: Path, kill_from: int, arguments: list[st
     def save_and_tell(self: Accelerator, *args: Any, **kwargs: Any) -> str:
         (ours,) = (each for each in self._custom_objects if isinstance(each, AcceleratedInfoBatch))
         plan = ours._pruner.plan
-        if ours._pruner.visited and not ours._is_pass_over and plan is not None and plan.pruned:
+        if ours._pruner.visited and not ours._walk.is_pass_over and plan is not None and plan.pruned:
             saved[ours._pruner.pass_index] = step
         return save_state(self, *args, **kwargs)
 

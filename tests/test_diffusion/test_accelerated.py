@@ -26,7 +26,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin
 
-from infobatch_mm.core.summary import SCORES_FILE, SUMMARY_FILE
+from infobatch_mm.core import read_scores
+from infobatch_mm.core.summary import SUMMARY_FILE
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 
 from .toy import SCHEDULERS, Points, Run, Setup, forget_accelerators, plan_of
@@ -105,7 +106,7 @@ def test_weigh_is_the_mean_of_weight_times_loss_and_so_is_its_gradient(shape: tu
     share = (gamma / 4 / exact.shape[1]).reshape(-1, *[1] * (len(shape) - 1)) * np.ones(shape)
     assert losses.grad.double().numpy() == pytest.approx(share, rel=1e-6 if dtype == torch.float32 else 1e-2)
     assert torch.equal(losses.detach(), values)  # left untouched
-    assert run.infobatch.loss.item() == pytest.approx(float(exact.mean()), rel=1e-6)
+    assert run.infobatch.loss.item() == pytest.approx(float((gamma * exact.mean(1)).sum() / gamma.sum()), rel=1e-6)
     run.pruner.store.flush()
     assert run.pruner.store.values[index].tolist() == pytest.approx(exact.mean(1).tolist(), rel=1e-6)
 
@@ -117,7 +118,8 @@ def test_scores_given_apart_are_recorded_in_place_of_the_losses():
     expected = (run.infobatch._in_hand.weights * losses).mean()
     weighted = run.infobatch.weigh(losses, scores=torch.tensor([[5.0, 7.0], [1.0, 1.0], [0.0, 1.0], [9.0, 9.0]]))
     assert torch.equal(weighted, expected)
-    assert run.infobatch.loss.item() == 2.5
+    weights = run.infobatch._in_hand.weights
+    assert run.infobatch.loss.item() == pytest.approx(float((weights * torch.arange(1.0, 5.0)).sum() / weights.sum()))
     run.pruner.store.flush()
     assert run.pruner.store.values[index].tolist() == [6.0, 1.0, 0.5, 9.0]
 
@@ -181,7 +183,7 @@ def test_bf16_is_weighed_in_full_precision():
             accelerator.backward(weighted)
             optimizer.step()
             optimizer.zero_grad()
-    assert infobatch.summary()["samples_seen"] < 80 and torch.isfinite(model.weight).all()
+    assert infobatch.summary()["visits"] < 80 and torch.isfinite(model.weight).all()
 
 
 # ---- without pruning: accelerate's own --------------------------------------------------------------------
@@ -637,7 +639,7 @@ def test_weighing_without_a_batch_or_in_other_shapes_is_refused():
     with pytest.raises(ValueError, match="no batch was weighed yet"):
         _ = run.infobatch.loss
     next(iter(run.loader))
-    for losses, shape in ((torch.tensor(1.0), r"\(\)"), (torch.ones(3), r"\(3,\)"), (torch.ones(8, 1), r"\(8, 1\)")):
+    for losses, shape in ((torch.tensor(1.0), r"\(\)"), (torch.ones(3), r"\(3,\)"), (torch.ones(9, 1), r"\(9, 1\)")):
         with pytest.raises(ValueError, match=rf"losses of 4 samples.* got shape {shape}: use reduction='none'"):
             run.infobatch.weigh(losses)
     with pytest.raises(ValueError, match=r"scores of 4 samples.* got shape \(2,\)"):
@@ -659,9 +661,9 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
     assert list(summary)[-1] == "per_pass"
     assert {key: summary[key] for key in summary if key not in ("wall_time_s", "per_pass")} == {
         "policy": "infobatch", "prune_ratio": 0.5, "delta": 0.875, "score": "raw", "score_ema": 0.0, "num_samples": 46,
-        "passes_done": 8, "passes_total": 8, "samples_seen": seen, "samples_full": 8 * 46,
+        "passes_done": 8, "passes_total": 8, "visits": seen, "visits_full": 8 * 46,
         "saved_ratio": pytest.approx(1 - seen / (8 * 46)), "visits_skipped": 0, "nonfinite_losses": 0,
-        "unusable_samples": 0, "seed": 0,
+        "unusable_visits": 0, "unscored_samples": 0, "seed": 0,
         "iterations": len(run.journal), "iterations_full": 8 * 12,
     }  # fmt: skip
     assert 0 < summary["wall_time_s"] < 60
@@ -677,10 +679,10 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
     run.infobatch.write(tmp_path / "new" / "place", names=[f"point {i}" for i in range(46)])
     written = json.loads((tmp_path / "new/place" / SUMMARY_FILE).read_text())
     assert {**written, "wall_time_s": 0} == {**summary, "wall_time_s": 0}
-    with np.load(tmp_path / "new/place" / SCORES_FILE) as scores:
-        assert scores["score"].tolist() == run.pruner.store.values.tolist()
-        assert scores["times_seen"].tolist() == [visits(run.journal).count(i) for i in range(46)]
-        assert scores["name"][45] == "point 45"
+    scores = read_scores(tmp_path / "new/place")
+    assert scores["score"].tolist() == run.pruner.store.values.tolist()
+    assert scores["times_seen"].tolist() == [visits(run.journal).count(i) for i in range(46)]
+    assert scores["name"][45] == "point 45"
 
 
 def test_a_threshold_is_logged_after_a_pruned_pass():

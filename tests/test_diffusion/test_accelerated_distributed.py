@@ -21,7 +21,7 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 from launching import accelerate_launch
 
 from .toy import SCHEDULERS, Run, forget_accelerators
-from .two_processes import CUTS, LEFT_AT, PASSES, RESUMED, SAVED_AT, SIZES, TRAININGS
+from .two_processes import CUTS, LEFT_AT, PASSES, POLICIES, RESUMED, SAVED_AT, SIZES, STEPS, TRAININGS
 
 pytestmark = pytest.mark.dist
 
@@ -161,6 +161,24 @@ def test_policy_none_is_accelerate_to_the_bit(ranks: list[dict[str, Any]]):
     assert ranks[0]["none"][0] != ranks[1]["none"][0]
 
 
+@pytest.mark.parametrize("cut", list(CUTS))
+def test_a_training_in_steps_ends_alike_on_both(ranks: list[dict[str, Any]], cut: str):
+    whole = 2 if CUTS[cut].get("drop_last") else 3
+    for policy in POLICIES[1:]:
+        first, second = (rank["in steps"][f"{cut} {policy}"] for rank in ranks)
+        alone = [rank["in steps"][f"{cut} None"] for rank in ranks]
+        assert {**first["books"], "wall_time_s": 0, "iterations": 0} == {
+            **second["books"],
+            "wall_time_s": 0,
+            "iterations": 0,
+        }
+        assert first["books"]["passes_done"] == first["books"]["num_passes"] == -(-STEPS // whole)
+        assert first["lr"] == second["lr"] == alone[0]["lr"] == [0]
+        assert len(first["journal"]) <= STEPS
+        if policy == "none":
+            assert [first["journal"], second["journal"]] == [each["journal"] for each in alone]
+
+
 # ---- learning rates ---------------------------------------------------------------------------------------
 
 
@@ -201,7 +219,7 @@ def test_resumed_on_one_process_scores_progress_and_the_pass_go_on(ranks: list[d
     done = first[:LEFT_AT] + second[:LEFT_AT]
     alone = Run(type(RESUMED)(**{**vars(RESUMED), "batch_size": 4})).load(folder / str(LEFT_AT))
     filled_up = 2  # by the last batch of the first pass, 46 samples in batches of 4
-    assert alone.infobatch.summary()["samples_seen"] == sum(len(entry["index"]) for entry in done) - filled_up
+    assert alone.infobatch.summary()["visits"] == sum(len(entry["index"]) for entry in done) - filled_up
     for index, times in enumerate(alone.pruner.store.times_seen.tolist()):
         assert times == sum(entry["index"].count(index) for entry in done)
     alone.train()

@@ -18,6 +18,8 @@ from launching import accelerate_launch
 from PIL import Image
 from safetensors.torch import load_file
 
+from infobatch_mm.core import read_scores
+
 from .example_scripts import check_marks, launch, original, run, run_with_journal, source_of, steps_saved, told
 
 EXAMPLE = "train_unconditional.py"
@@ -106,8 +108,8 @@ def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(pictures: Path,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     books, others = (json.loads((f / "infobatch_summary.json").read_text()) for f in (straight, killed))
     assert {**books, "wall_time_s": 0} == {**others, "wall_time_s": 0}
-    with np.load(killed / "infobatch_scores.npz") as scores:
-        names = scores["name"].tolist()
+    scores = read_scores(killed)
+    names = scores["name"].tolist()
     assert len(names) == SAMPLES and names == sorted(names) and re.search(r"images/more/\d+\.png$", names[-1])
 
 

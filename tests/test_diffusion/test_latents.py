@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,62 @@ def test_two_processes_encode_what_one_encodes_and_refuse_the_same(folder: Path,
     cache(ImageFolder(folder, 8, random_flip=True), tmp_path / "alone")
     both, alone = (np.load(tmp_path / name / "latents.npy") for name in ("latents", "alone"))
     np.testing.assert_allclose(both, alone, atol=1e-5, rtol=1e-5)  # batches of other images
+
+
+def _with_a_folder_of_its_own(rank: int, folder: Path, root: Path, has_cache: int) -> None:
+    """One of two processes, each of which sees another folder by the name that both are given."""
+    torch.set_num_threads(1)
+    images = ImageFolder(folder, 8)
+    own = root / f"disk.{rank}"
+    if rank == has_cache:
+        cache(images, own)
+        forget_accelerators()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'store'}", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    module._PATIENCE_S = 0.2
+    if has_cache == 2 and rank == 1:
+
+        def breaks(self: ImageFolder, index: int, flip: bool = False) -> torch.Tensor:
+            raise OSError("the disk of process 1 is gone")
+
+        ImageFolder.fixed = breaks  # type: ignore[method-assign]
+    try:
+        told = str(len(cache(images, root / "disk.0" if has_cache == 2 else own)))
+    except ValueError as error:
+        told = str(error)
+    # Whatever it was, both go on to the next collective together.
+    torch.distributed.barrier()
+    (root / f"told.{rank}").write_text(told)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("has_cache", "message"),
+    [
+        (0, "process 1 does not see the latents that process 0 has in"),
+        (1, "process 1 does not see the latents that process 0 has in"),
+        (2, "the disk of process 1 is gone"),  # neither has one, and one of them fails to encode
+    ],
+)
+def test_what_one_process_sees_alone_is_refused_on_both(
+    folder: Path, tmp_path: Path, has_cache: int, message: str
+) -> None:
+    root = tmp_path / "disks"
+    root.mkdir()
+    context = torch.multiprocessing.start_processes(
+        _with_a_folder_of_its_own, (folder, root, has_cache), nprocs=2, start_method="fork", join=False
+    )
+    try:
+        end = time.monotonic() + 60
+        while not context.join(timeout=1):  # which tells of one process after the other
+            assert time.monotonic() < end, "the processes wait for each other"
+    finally:
+        for process in context.processes:
+            process.terminate()
+    told = [(root / f"told.{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1] and message in told[0]
 
 
 def test_a_first_stage_that_gives_nan_is_refused(folder: Path, tmp_path: Path) -> None:

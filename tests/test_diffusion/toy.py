@@ -32,6 +32,7 @@ class Setup:
     samples: int = 46
     batch_size: int = 4
     epochs: int = 8
+    steps: int | None = None  # updates of the unpruned training, in place of the epochs
     policy: str | None = "infobatch"
     prune_ratio: float = 0.5
     shuffle: bool = True
@@ -105,7 +106,7 @@ class Run:
         if setup.policy is not None:
             self.infobatch = AcceleratedInfoBatch(
                 self.accelerator, loader, setup.epochs, setup.prune_ratio, policy=setup.policy,
-                item_seed=setup.item_seed, **setup.more,
+                item_seed=setup.item_seed, max_train_steps=setup.steps, **setup.more,
             )  # fmt: skip
             prepare = self.infobatch.prepare
         if setup.ddp:
@@ -124,7 +125,8 @@ class Run:
         """Train to the end, or until ``on_step``, which is called after each step with its number, says True."""
         ib = self.infobatch
         step = ib.summary()["iterations"] if ib else 0
-        for epoch in range(ib.passes_done if ib else 0, self.setup.epochs):
+        updates = 0  # of this call
+        for epoch in range(ib.passes_done if ib else 0, ib.num_passes if ib else self.setup.epochs):
             for batch in self.loader:
                 current = self.pruner.pass_index if ib else epoch
                 x = batch["x"] + 0.1 * torch.randn_like(batch["x"]) if self.setup.noise else batch["x"]
@@ -143,7 +145,8 @@ class Run:
                 step += 1
                 lr = self.scheduler.get_last_lr()[0]
                 self.journal.append({**entry, "lr": lr, "updated": self.accelerator.sync_gradients, "step": step})
-                if on_step(step):
+                updates += self.accelerator.sync_gradients
+                if on_step(step) or (ib is None and updates == self.setup.steps):
                     return self
             self.at_pass_end.append(self.scheduler.get_last_lr()[0])
         return self
@@ -168,7 +171,7 @@ def build_scheduler(setup: Setup, optimizer: Any, accelerator: Accelerator, load
     batches = len(loader) // world if setup.drop_last else math.ceil(len(loader) / world)
     # accelerate counts the batches in between against the end of a OneCycleLR.
     accumulate = 1 if setup.scheduler == "OneCycleLR" else setup.accumulate
-    updates = math.ceil(batches / accumulate) * setup.epochs
+    updates = setup.steps or math.ceil(batches / accumulate) * setup.epochs
     total = updates * world - setup.too_short  # a step per process
     if setup.scheduler == "OneCycleLR":
         return OneCycleLR(optimizer, max_lr=0.05, total_steps=total)

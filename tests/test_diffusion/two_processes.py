@@ -44,8 +44,13 @@ TRAININGS = {
     "split": Setup(samples=44, split=True),
     "split, accumulated": Setup(samples=44, split=True, accumulate=4),
     "by noise level": Setup(samples=44, batch_size=2, more={"score": "timestep"}),
+    "in steps": Setup(samples=44, batch_size=2, steps=80),
+    "split, accumulated, in steps": Setup(samples=44, split=True, accumulate=4, steps=20),
     "split, dispatched": Setup(samples=44, split=True, dispatch=True),
 }
+#: Updates of 3 to an epoch, or of 2 where the last batch is dropped.
+STEPS = 7
+POLICIES = (None, "none", "infobatch")
 RESUMED = Setup(samples=46, batch_size=2, noise=True, item_seed=True)
 SAVED_AT = [1, 6, 12, 13, 15, 20, 21, 22, 40]
 LEFT_AT = 21
@@ -196,6 +201,17 @@ def updates(setup: Setup) -> dict[str, list[int]]:
     return {"made": made, "expected": expected, "updated": [entry["updated"] for entry in run.journal]}
 
 
+def in_steps(cut: dict[str, Any], policy: str | None) -> dict[str, Any]:
+    """Two passes and a part of a third, of which some processes may have no last batch."""
+    run = Run(Setup(samples=11, steps=STEPS, epochs=100, policy=policy, ddp=False, seedable=True, **cut)).train()
+    books: dict[str, Any] = {}
+    if run.infobatch is not None:
+        run.infobatch.merge()
+        books = run.infobatch.summary()
+        books["num_passes"] = run.infobatch.num_passes
+    return {"journal": run.journal, "books": books, "lr": run.scheduler.get_last_lr()}
+
+
 def everything(folder: Path) -> Iterator[tuple[str, Any]]:
     yield (
         "shares",
@@ -225,6 +241,7 @@ def everything(folder: Path) -> Iterator[tuple[str, Any]]:
         for policy in (None, "none")
     ]
     yield "none", [[run.journal, run.parameters] for run in runs]
+    yield "in steps", {f"{name} {policy}": in_steps(CUTS[name], policy) for name in CUTS for policy in POLICIES}
     yield "joined", joined()
     yield "resumed", resumed(folder)
     yield "unmerged", unmerged(folder / "unmerged")

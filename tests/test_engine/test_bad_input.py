@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +25,10 @@ from infobatch_mm import InfoBatch, Plan, PruningPolicy
 from infobatch_mm.core import RandomPolicy, distributed
 from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine import InfoBatchHook, ReconstructionHook
-from infobatch_mm.engine.hook import check_runner
 from infobatch_mm.engine.loader import IndexedLoader
 from infobatch_mm.engine.reconstruction import reconstruct
 from infobatch_mm.engine.samplers import InfoBatchSampler, pass_loader
+from infobatch_mm.engine.takeover import check_runner, watch
 from infobatch_mm.loop import infobatch, passes, sizes
 from infobatch_mm.losses import LossWeigher, attach_views
 from infobatch_mm.losses.mixing import MixingView
@@ -192,6 +192,18 @@ def mix_three(case: Case) -> None:
     preprocessor.batch_augments(torch.zeros(4, 3, 2, 2), torch.eye(4))
 
 
+class SizelessBatches:
+    """Says neither how many samples a batch holds nor how many batches there are."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        yield [0, 1]
+
+
+def sizeless_batches(case: Case) -> None:
+    loop = SimpleNamespace(dataloader=DataLoader(range(22), batch_sampler=SizelessBatches()))
+    watch(SimpleNamespace(cfg={}), loop)
+
+
 def uneven_processes(case: Case) -> None:
     sampler = InfoBatchSampler(range(22), round_up=False)
     sampler.world = 4
@@ -205,23 +217,25 @@ def differing_processes(case: Case) -> None:
 
 def other_work_dir(case: Case) -> None:
     case.trained()
-    checkpoint = str(case.folder / "iter_16.pth")
-    hooks = [dict(type="InfoBatchHook", prune_ratio=0.3, delta=0.75)]
-    case.train(custom_hooks=hooks, resume=True, load_from=checkpoint, folder=case.folder / "other")
+    other = case.folder / "other"
+    theirs = config(case.scenes, other, custom_hooks=by_ratio(0.3))
+    theirs.default_hooks.checkpoint.interval = 8
+    with pytest.raises(Killed):
+        train(theirs, KillAt(9))
+    case.train(resume=True, load_from=str(case.folder / "iter_16.pth"), folder=other)
 
 
 def longer_data_set(case: Case) -> None:
     more = draw_dataset(case.folder / "more", num_train=30, num_val=4, size=32)
     case.trained()
-    (case.folder / "infobatch_summary.json").unlink()
     case.scenes = more
     case.train(resume=True)
 
 
 def renamed_data_set(case: Case) -> None:
     renamed = draw_dataset(case.folder / "renamed", num_train=22, num_val=4, size=32)
-    for file in [*renamed.rglob("training/*.jpg"), *renamed.rglob("training/*.png")]:
-        file.rename(file.with_name("x" + file.name))
+    for file in renamed.rglob("training/00021.*"):
+        file.rename(file.with_stem("00021b"))
     case.trained()
     case.scenes = renamed
     case.train(resume=True)
@@ -371,6 +385,7 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "a batch sampler of the user's own": lambda case: case.train(
         set_to("train_dataloader", batch_sampler=dict(type="OddBatchSampler"))
     ),
+    "with `policy='none'`, a batch sampler of which nothing says how many samples a batch holds": sizeless_batches,
     "a sampler that repeats or weighs samples": lambda case: case.train(
         set_to("train_dataloader.sampler", type="OddSampler")
     ),
@@ -397,9 +412,9 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "a model that is sharded by its wrapper": sharded_model,
     "processes with another seed, data set or order of it": differing_processes,
     "another ratio, δ or policy": lambda case: case.resume(custom_hooks=by_ratio(0.3)),
-    "the same, into another work dir": other_work_dir,
+    "a work directory that another run has left its summary in": other_work_dir,
     "a data set of another length": longer_data_set,
-    "a data set with other file names": renamed_data_set,
+    "a data set with other file names; one of them is enough": renamed_data_set,
     "the other kind of loop": lambda case: case.resume(**EPOCHS),
     "a `max_iters` that the checkpoint is beyond, in iterations of full data": lambda case: case.resume(
         **{"train_cfg.max_iters": 15}

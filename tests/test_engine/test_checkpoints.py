@@ -19,7 +19,7 @@ from mmengine.registry import METRICS
 from mmengine.runner import FlexibleRunner, Runner
 
 from infobatch_mm.engine.checkpoints import is_whole
-from infobatch_mm.engine.hook import check_runner
+from infobatch_mm.engine.takeover import check_runner
 
 from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, Recorder, config, train
@@ -197,7 +197,7 @@ def test_another_batch_size_keeps_scores_and_progress_of_an_iteration_loop(
     assert runner.param_schedulers[0].last_step == 32  # as at the end of the unpruned run
     summary = books(tmp_path)
     done = state["pruner"]["visited"] + sum(entry["kept"] for entry in state["pruner"]["history"])
-    assert summary["samples_seen"] == done + sum(map(len, resumed.indices))
+    assert summary["visits"] == done + sum(map(len, resumed.indices))
     assert 0 < summary["saved_ratio"] < 0.5
 
 
@@ -470,3 +470,17 @@ def test_policy_none_refuses_item_seed(scenes: Path, tmp_path: Path) -> None:
     hooks = [dict(type="InfoBatchHook", policy="none", item_seed=True)]
     with pytest.raises(ValueError, match="item_seed"):
         train(config(scenes, tmp_path, custom_hooks=hooks))
+
+
+def test_a_work_dir_that_cannot_be_read_is_refused_on_every_process(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 looks for all: an error of its disk must reach the others, which wait for its answer."""
+    from infobatch_mm.engine import checkpoints
+
+    def unreadable(work_dir: str) -> str:
+        raise PermissionError(13, "Permission denied", work_dir)
+
+    monkeypatch.setattr(checkpoints, "find_latest_checkpoint", unreadable)
+    with pytest.raises(ValueError, match=r"cannot resume: .* cannot be read: .*Permission denied"):
+        train(config(scenes, tmp_path, resume=True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,10 @@ pytest.importorskip("mmseg")
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import Runner
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
+
+from infobatch_mm.core.score_file import read_scores
+from infobatch_mm.engine.takeover import global_batch
 
 from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, Recorder, config, train
@@ -24,7 +29,7 @@ N = 22
 
 
 def scores_of(runner: Runner) -> Any:
-    return np.load(Path(runner.work_dir, "infobatch_scores.npz"))
+    return read_scores(runner.work_dir)
 
 
 def test_without_shuffle_an_iteration_loop_leaves_out_a_random_remainder(scenes: Path, tmp_path: Path) -> None:
@@ -66,6 +71,91 @@ def test_a_plain_batch_sampler_is_followed(scenes: Path, tmp_path: Path, policy:
     _, recorder = train(cfg)
     assert all(len(batch) == 4 for batch in recorder.indices)
     assert recorder.indices[0] != [0, 1, 2, 3]
+
+
+class Grouped:
+    """Batches of two and of up to four in turn, as of a sampler that groups images by their shape; says no size."""
+
+    def __init__(self, sampler: Any, batch_size: int = 4, for_ever: bool = False) -> None:
+        self.sampler, self.most, self.for_ever = sampler, batch_size, for_ever
+
+    def __iter__(self) -> Any:
+        rest, sizes = list(islice(self.sampler, N)), cycle([2, self.most])
+        for size in sizes:
+            yield rest[:size]
+            rest = rest[size:]
+            if not rest and not self.for_ever:
+                return
+            rest = rest or list(range(N))
+
+
+class GroupedWithLength(Grouped):
+    def __len__(self) -> int:
+        return 8
+
+
+def test_without_pruning_a_batch_sampler_of_the_users_own_needs_no_batch_size(scenes: Path, tmp_path: Path) -> None:
+    DATA_SAMPLERS.register_module(name="GroupedWithLength", module=GroupedWithLength, force=True)
+    watch = dict(custom_hooks=[dict(type="InfoBatchHook", policy="none")])
+    cfg = config(scenes, tmp_path / "epochs", **EPOCHS, **watch)
+    cfg.train_dataloader.batch_sampler = dict(type="GroupedWithLength")
+    cfg.optim_wrapper.optimizer.lr = 1e-3  # batches of two do not bear more
+    runner, recorder = train(cfg)
+    assert [len(batch) for batch in recorder.indices] == [2, 4, 2, 4, 2, 4, 2, 2] * 6
+    summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
+    # however many batches an epoch has, it is a pass
+    assert (summary["passes_done"], summary["visits"], summary["saved_ratio"]) == (6, 6 * N, 0)
+    assert scores_of(runner)["times_seen"].tolist() == [6] * N
+
+    cfg = config(scenes, tmp_path / "iterations", **watch, **{"train_cfg.max_iters": 11})
+    cfg.train_dataloader.batch_sampler = dict(type="GroupedWithLength", for_ever=True)
+    cfg.optim_wrapper.optimizer.lr = 1e-3
+    runner, recorder = train(cfg)
+    made = np.bincount(np.concatenate(recorder.indices), minlength=N)
+    assert scores_of(runner)["times_seen"].tolist() == made.tolist()
+
+
+def test_the_size_of_a_batch_is_found_where_there_is_one() -> None:
+    runner = SimpleNamespace(cfg=dict(train_dataloader=dict(batch_size=3)))
+    bare = SimpleNamespace(cfg={})
+    order = list(range(N))
+    assert global_batch(runner, DataLoader(order, 4)) == 4
+    assert global_batch(runner, DataLoader(order, batch_sampler=Grouped(order))) == 3
+    assert global_batch(bare, DataLoader(order, batch_sampler=GroupedWithLength(order))) == 3  # 22 in 8 batches
+    with pytest.raises(ValueError, match="batch sampler Grouped does not say how many samples a batch holds"):
+        global_batch(bare, DataLoader(order, batch_sampler=Grouped(order)))
+
+
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
+def test_the_default_dtype_of_a_script_is_not_ours(scenes: Path, tmp_path: Path, policy: str) -> None:
+    """Scores, weights and the state are float32, whatever the model's own default is."""
+
+    class Note(Hook):
+        def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            hook = next(hook for hook in runner.hooks if type(hook).__name__ == "InfoBatchHook")
+            dtypes.update({hook._pruner.store.values.dtype, *weights_of(hook)})
+
+    def weights_of(hook: Any) -> list[torch.dtype]:
+        return [] if hook._pruner.plan is None else [hook._pruner.plan.weights.dtype]
+
+    dtypes: set[torch.dtype] = set()
+    torch.set_default_dtype(torch.float64)
+    try:
+        cfg = config(scenes, tmp_path, custom_hooks=[dict(ONE_LINE[0], policy=policy)])
+        cfg.model.data_preprocessor.mean = cfg.model.data_preprocessor.std = None
+        cfg.default_hooks.checkpoint.interval = 8
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(Note())
+        runner.register_hook(recorder := Recorder())
+        runner.model.float()
+        runner.train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert dtypes == {torch.float32}
+    assert recorder.losses
+    state = torch.load(Path(tmp_path, "iter_8.pth"), weights_only=False)["infobatch"]["pruner"]
+    assert state["scores"].dtype == torch.float32
+    assert scores_of(runner)["score"].dtype == np.float32
 
 
 def test_the_samplers_own_seed_counts(scenes: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ from mmseg.registry import MODELS, TRANSFORMS
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+
+from infobatch_mm.core.score_file import read_scores
 
 from .processes import GROUP_NORM, Journal, Run, final_state, lived
 from .toy import EPOCHS, Recorder, config, train
@@ -161,7 +164,7 @@ def outcome(work_dir: Path) -> dict[str, Any]:
     parts = ("state_dict", "ema_state_dict", "optimizer", "param_schedulers")
     found = {key: checkpoint[key] for key in parts if key in checkpoint}
     summary = json.loads((work_dir / "infobatch_summary.json").read_text())
-    scores = np.load(work_dir / "infobatch_scores.npz")
+    scores = read_scores(work_dir)
     return {
         **found,
         "infobatch": {**checkpoint["infobatch"], "wall_time_s": 0},
@@ -646,9 +649,9 @@ def inf_loss(scenes: Path, cfg: Config) -> None:
 @pytest.mark.parametrize(
     ("spoil", "counter", "workers"),
     [
-        (break_image, "unusable_samples", 0),
-        (truncate_image, "unusable_samples", 2),
-        (ignore_all_pixels, "unusable_samples", 0),
+        (break_image, "unusable_visits", 0),
+        (truncate_image, "unusable_visits", 2),
+        (ignore_all_pixels, "unusable_visits", 0),
         (nan_loss, "nonfinite_losses", 0),
         (inf_loss, "nonfinite_losses", 0),
     ],
@@ -672,16 +675,16 @@ def test_a_broken_sample_is_counted_and_neither_scored_nor_pruned(
     assert min(map(len, passes)) < 22, "nothing was pruned at all"
     assert all((BROKEN, 1.0) in visits for visits in passes)
     summary = json.loads((tmp_path / "run/infobatch_summary.json").read_text())
-    other = {"unusable_samples", "nonfinite_losses"} - {counter}
+    other = {"unusable_visits", "nonfinite_losses"} - {counter}
     assert summary[counter] == len(passes)
     assert summary[other.pop()] == 0
-    scores = np.load(tmp_path / "run/infobatch_scores.npz")
+    scores = read_scores(tmp_path / "run")
     kinds = {nan_loss: math.isnan, inf_loss: math.isinf}
     assert spoil not in kinds or sum(kinds[spoil](loss["decode.loss_ce"]) for loss in recorder.losses) == len(passes)
     assert np.isnan(scores["score"][BROKEN])
     assert scores["times_seen"][BROKEN] == 0
     assert np.isfinite(np.delete(scores["score"], BROKEN)).all()
-    assert "not recorded so far" in log_of(runner)
+    assert f"{len(passes)} visits so far" in log_of(runner)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -722,12 +725,17 @@ def test_the_sample_that_stands_in_for_a_broken_one_repeats_after_a_kill(
     ("partial_file", "file"),
     [
         ("infobatch_summary.json.tmp", "infobatch_summary.json"),
+        ("infobatch_scores.tmp.parquet", "infobatch_scores.parquet"),
         ("infobatch_scores.tmp.npz", "infobatch_scores.npz"),
     ],
 )
 def test_a_full_disk_for_summary_or_scores_is_a_warning(
-    stage: Stage, tmp_path: Path, partial_file: str, file: str
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partial_file: str, file: str
 ) -> None:
+    if file.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    elif file.endswith(".npz"):
+        monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     Path(tmp_path, partial_file).symlink_to("/dev/full")
     runner, recorder = train(Setting().config(stage.scenes, tmp_path))
     assert runner.iter == runner.max_iters == len(recorder.losses)

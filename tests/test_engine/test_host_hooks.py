@@ -15,6 +15,8 @@ from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 
+from infobatch_mm.core.score_file import read_scores
+
 from .toy import EPOCHS, ONE_LINE, config, train
 
 
@@ -72,7 +74,7 @@ def test_save_best_and_early_stopping(scenes: Path, tmp_path: Path) -> None:
     assert list(Path(runner.work_dir).glob("best_mIoU_*.pth"))
     summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
     assert summary["iterations"] == runner.iter
-    assert summary["samples_seen"] == sum(map(len, recorder.indices))
+    assert summary["visits"] == sum(map(len, recorder.indices))
 
 
 def test_checkpoint_loads_with_weights_only(scenes: Path, tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_a_nonfinite_loss_is_counted_and_not_recorded(scenes: Path, tmp_path: Pa
     summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
     import numpy as np
 
-    saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
+    saved = read_scores(runner.work_dir)
     assert summary["nonfinite_losses"] >= 1
     assert np.isnan(saved["score"][7])
     assert np.isfinite(np.delete(saved["score"], 7)).all()

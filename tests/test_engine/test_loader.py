@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 pytest.importorskip("mmengine")
 
 from infobatch_mm.core.sampler import SeededIndex
-from infobatch_mm.engine.loader import IndexedDataset, IndexedLoader, leaf_datasets, sample_name
+from infobatch_mm.engine.loader import IndexedDataset, IndexedLoader
+from infobatch_mm.engine.repeats import leaf_datasets
+from infobatch_mm.engine.sample_names import sample_name
 
 
 class Numbers(Dataset):
@@ -208,3 +210,26 @@ def test_a_run_is_refused_whose_collate_function_sorts(scenes: Path, tmp_path: P
         run("by_name")
     twin, ours = run("pseudo_collate"), run("in_order")
     assert ours.indices == twin.indices and ours.losses == twin.losses and ours.pixels == twin.pixels
+
+
+def test_indices_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    collate = IndexedLoader(DataLoader(Numbers(), batch_size=4)).collate_fn
+    with torch.device("meta"):
+        (indices, replaced), _ = collate([(3, False, torch.ones(1)), (4, True, torch.ones(1))])
+    assert (indices.device.type, indices.tolist(), replaced.tolist()) == ("cpu", [3, 4], [False, True])
+
+
+def test_one_object_twice_is_watched_once() -> None:
+    numbers = Numbers(broken=4)
+    indexed = IndexedDataset(Wrapper(numbers, numbers))
+    assert indexed.__getitems__([4, 3]) == [(4, True, 105), (3, False, 103)]
+    assert "_rand_another" not in vars(numbers)
+    numbers._rand_another = mine = lambda: 107  # type: ignore[method-assign]
+    assert indexed.__getitems__([4]) == [(4, True, 107)]
+    assert vars(numbers)["_rand_another"] is mine
+
+
+def test_watched_repeats_are_told_by_the_index_of_their_unit() -> None:
+    indexed = IndexedDataset(Numbers(), num_units=4)
+    assert indexed.__getitems__([3, 4, 9]) == [(3, False, 103), (0, False, 104), (1, False, 109)]
+    assert pickle.loads(pickle.dumps(indexed)).__getitems__([9]) == [(1, False, 109)]

@@ -19,6 +19,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmpretrain.registry import DATASETS
 
+from infobatch_mm.core.score_file import read_scores
+
 from .test_resume import KillAt, Killed
 from .toy_classifier import EPOCHS, MIXING, ONE_LINE, PER_EPOCH, PIPELINE, Gradients, N, config, train
 
@@ -32,7 +34,7 @@ def books(work_dir: Path) -> dict[str, Any]:
 
 
 def scores(work_dir: Path) -> Any:
-    return np.load(work_dir / "infobatch_scores.npz")
+    return read_scores(work_dir)
 
 
 def validated(runner: Runner, metric: str = "accuracy/top1") -> list[float]:
@@ -293,7 +295,7 @@ def test_multi_task_training_is_pruned_but_for_a_sample_without_a_task(tmp_path:
     assert len(validated(runner, "colour_accuracy/top1")) == len(validated(runner, "shape_accuracy/top1")) == EPOCHS
     saved = scores(tmp_path)
     assert np.flatnonzero(np.isnan(saved["score"])).tolist() == [7]
-    assert books(tmp_path)["unusable_samples"] == EPOCHS  # never scored, never pruned
+    assert books(tmp_path)["unusable_visits"] == EPOCHS  # never scored, never pruned
 
 
 # ---- data sets, validation and test -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ pytest.importorskip("mmseg")
 from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
 
+from infobatch_mm.core.score_file import read_scores
 from infobatch_mm.engine import InfoBatchEpochLoop, InfoBatchIterLoop
 
 from .toy import EPOCHS, Recorder, config, train
@@ -99,7 +100,7 @@ def test_score_is_the_main_heads_own_unweighted_loss(scenes: Path, tmp_path: Pat
     last_seen = {}
     for indices, losses in zip(recorder.indices, recorder.losses, strict=True):
         last_seen[indices[0]] = losses["decode.loss_ce"]
-    saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
+    saved = read_scores(runner.work_dir)
     assert saved["score"].tolist() == pytest.approx([last_seen[i] for i in range(N)], rel=1e-5)
 
 
@@ -119,13 +120,13 @@ def test_summary_adds_up(scenes: Path, tmp_path: Path) -> None:
     assert summary["policy"] == "infobatch"
     assert (summary["prune_ratio"], summary["delta"], summary["num_samples"]) == (0.5, 0.75, N)
     assert summary["passes_done"] == summary["passes_total"] == 6
-    assert summary["samples_seen"] == visits == sum(entry["kept"] for entry in summary["per_pass"])
-    assert summary["samples_full"] == ITERS * B
+    assert summary["visits"] == visits == sum(entry["kept"] for entry in summary["per_pass"])
+    assert summary["visits_full"] == ITERS * B
     assert summary["saved_ratio"] == pytest.approx(1 - visits / (ITERS * B))
     assert (summary["iterations"], summary["iterations_full"]) == (runner.iter, ITERS)
     assert summary["wall_time_s"] > 0
     assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
-    saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
+    saved = read_scores(runner.work_dir)
     assert saved["times_seen"].sum() == visits
     assert saved["name"].tolist() == [f"training/{i:05d}.jpg" for i in range(N)]
 
@@ -174,10 +175,10 @@ def test_one_seed_one_run(scenes: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda dataset: dict(type="RepeatDataset", times=2, dataset=dataset),
         lambda dataset: dict(type="ConcatDataset", datasets=[dataset, dataset]),
-        lambda dataset: dict(type="RepeatDataset", times=1, dataset=dict(type="ConcatDataset", datasets=[dataset] * 2)),
+        lambda dataset: dict(type="RepeatDataset", times=3, dataset=dict(type="ConcatDataset", datasets=[dataset] * 2)),
     ],
+    ids=["concatenated", "concatenated and repeated"],
 )
 def test_wrapped_data_sets_score_each_sample_under_its_outer_index(scenes: Path, tmp_path: Path, wrap: Any) -> None:
     cfg = config(scenes, tmp_path, **{"train_cfg.max_iters": 33})
@@ -186,7 +187,7 @@ def test_wrapped_data_sets_score_each_sample_under_its_outer_index(scenes: Path,
     names = [f"{i % N:05d}.jpg" for i in range(2 * N)]
     for indices, batch in zip(recorder.indices, recorder.names, strict=True):
         assert [names[i] for i in indices] == batch
-    saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
+    saved = read_scores(runner.work_dir)
     assert len(saved["score"]) == 2 * N
     assert saved["name"].tolist() == [f"training/{name}" for name in names]
 
@@ -195,7 +196,7 @@ def test_class_balanced_data_set(scenes: Path, tmp_path: Path) -> None:
     from mmengine.dataset import ClassBalancedDataset
     from mmseg.registry import DATASETS
 
-    from infobatch_mm.engine.loader import sample_name
+    from infobatch_mm.engine.sample_names import sample_name
 
     cfg = config(scenes, tmp_path, **EPOCHS)
 
@@ -229,11 +230,11 @@ def test_a_replaced_sample_is_not_recorded_under_the_wrong_index(scenes: Path, t
     runner, recorder = train(cfg)
     asked = [indices.index(5) for indices in recorder.indices if 5 in indices]
     assert asked
-    saved = np.load(Path(runner.work_dir, "infobatch_scores.npz"))
+    saved = read_scores(runner.work_dir)
     assert saved["times_seen"][5] == 0
     assert np.isnan(saved["score"][5])
     summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
-    assert summary["unusable_samples"] == len(asked)
+    assert summary["unusable_visits"] == len(asked)
     assert "_rand_another" not in vars(runner.train_dataloader.dataset._wrapped)
 
 

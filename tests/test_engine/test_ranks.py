@@ -141,10 +141,13 @@ def test_ranks_together_train_as_one(straight: Callable[[str, int], Run], loop: 
     for rank in range(ranks):
         assert rates(many, rank) == rates(one)
         assert [entry["pass"] for entry in many.journal(rank)] == [entry["pass"] for entry in alone]
+    # A rank's log shows the mean by the weights of its own samples, which is a part of the whole only where all are 1.
+    full = [place for place, entry in enumerate(alone) if set(entry["weights"]) == {1.0}]
+    assert 6 < len(full) < len(alone)
     for key in ("loss", "decode.loss_ce", "aux.loss_ce"):
         logged = [[entry["losses"][key] for entry in many.journal(rank)] for rank in range(ranks)]
         means = [sum(losses) / ranks for losses in zip(*logged, strict=True)]
-        assert means == pytest.approx([entry["losses"][key] for entry in alone], rel=1e-6)
+        assert [means[i] for i in full] == pytest.approx([alone[i]["losses"][key] for i in full], rel=1e-6)
     apart = distance(many, one)
     print(f"{loop} on {ranks} ranks: parameters {apart:.1e} from one process's")
     assert apart <= TOLERANCE
@@ -282,7 +285,7 @@ def test_resumed_with_half_the_global_batch_goes_on(
     after = final_state(tmp_path)["infobatch"]["pruner"]
     made = torch.bincount(torch.tensor([index for batch in steps for index in batch]), minlength=len(after["seen"]))
     assert torch.equal(after["times_seen"] - before["times_seen"], made)
-    assert book["samples_seen"] == 7 * GLOBAL_BATCH[loop] + int(made.sum())
+    assert book["visits"] == 7 * GLOBAL_BATCH[loop] + int(made.sum())
     # The pass that was drawn anew was drawn from the scores that there were.
     drawn_anew = next(entry for entry in book["per_pass"] if entry["pass"] == journal[0]["pass"])
     assert drawn_anew["threshold"] == pytest.approx(float(before["scores"][before["seen"]].mean()), rel=1e-6)
@@ -391,6 +394,50 @@ def test_ranks_that_disagree_are_all_refused(make_config: MakeConfig, tmp_path: 
     first, second = (part.split(",")[0].split(";")[0] for part in messages[0].split(f" has {what}=")[1:])
     assert first != second and "rank 0 has" in messages[0] and "rank 1 has" in messages[0]
     assert (first, second) == {"num_samples": ("22", "21"), "seed": ("40", "41")}.get(what, (first, second))
+    assert not run.journal()
+
+
+def with_no_samples(rank: int, runner: Any) -> None:
+    """The files are missing on the second machine."""
+    build = runner.build_train_loop
+
+    def empty(loop: Any) -> Any:
+        built = build(loop)
+        dataset = built.dataloader.dataset
+        dataset.__class__ = type("Empty", (type(dataset),), {"__len__": lambda self: 0})
+        return built
+
+    if rank == 1:
+        runner.build_train_loop = empty
+
+
+def with_summary_out_of_sight(rank: int, runner: Any) -> None:
+    """Rank 0 sees the summary of another run, the others not yet, as on a network's file system."""
+    if rank == 0:
+        Path(runner.work_dir, "infobatch_summary.json").write_text(json.dumps({"prune_ratio": 0.3}))
+    else:
+        runner._work_dir = str(Path(runner.work_dir, "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (with_no_samples, "the training data set is empty"),
+        (with_summary_out_of_sight, "belongs to a run with prune_ratio=0.3"),
+    ],
+    ids=["no samples on rank 1", "a summary that rank 0 alone sees"],
+)
+def test_what_one_rank_alone_refuses_ends_all_at_once(
+    make_config: MakeConfig, tmp_path: Path, prepare: Any, message: str
+) -> None:
+    resumes = prepare is with_summary_out_of_sight
+    if resumes:
+        Run(make_config(tmp_path, "iterations", 2, **{"train_cfg.max_iters": 8}), 2).finish()
+    run = Run(make_config(tmp_path, "iterations", 2, resume=resumes), 2, prepare)
+    codes = run.wait(timeout=45)  # a collective that waits for another gives up after a minute
+    assert all(code > 0 for code in codes)
+    for rank in range(2):
+        assert message in run.output(rank).split("ValueError:")[-1]
     assert not run.journal()
 
 

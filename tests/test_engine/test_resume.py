@@ -156,7 +156,7 @@ def test_a_checkpoint_written_without_us_starts_with_empty_scores(scenes: Path, 
     summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
     # the iterations before the kill were not pruned, and counted as such
     unpruned = 22 * 2 if loop == "epoch" else 8 * 4
-    assert summary["samples_seen"] == pytest.approx(unpruned + sum(map(len, resumed.indices)), abs=4)
+    assert summary["visits"] == pytest.approx(unpruned + sum(map(len, resumed.indices)), abs=4)
     assert 0 < summary["saved_ratio"] < 0.3
     # the pass in hand is finished in full, then pruning starts
     assert set(resumed.weights[0]) == {1.0}
@@ -166,9 +166,9 @@ def test_a_checkpoint_written_without_us_starts_with_empty_scores(scenes: Path, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"prune_ratio": 0.3}, r"prune_ratio=0\.5.*prune_ratio=0\.3"),
-        ({"delta": 0.5}, r"delta=0\.75.*delta=0\.5"),
-        ({"policy": "none"}, r"policy='infobatch'.*policy='none'"),
+        ({"prune_ratio": 0.3}, r"'prune_ratio': 0\.5.*'prune_ratio': 0\.3"),
+        ({"delta": 0.5}, r"'delta': 0\.75.*'delta': 0\.5"),
+        ({"policy": "none"}, r"'policy': 'infobatch'.*'policy': 'none'"),
     ],
 )
 def test_resume_with_other_settings_is_refused(
@@ -178,31 +178,37 @@ def test_resume_with_other_settings_is_refused(
     cfg.default_hooks.checkpoint.interval = 8
     train(cfg)
     hooks = [{**ONE_LINE[0], **override}]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"cannot resume: the checkpoint was pruned with.*{message}"):
         train(config(scenes, tmp_path, resume=True, custom_hooks=hooks))
-    # the checkpoint itself says so too, where the summary is gone
-    Path(tmp_path, "infobatch_summary.json").unlink()
-    with pytest.raises(ValueError, match="cannot resume"):
-        train(config(scenes, tmp_path, resume=True, custom_hooks=hooks))
+
+
+def test_resume_into_the_directory_of_another_run_is_refused(scenes: Path, tmp_path: Path) -> None:
+    for name, ratio in (("here", 0.5), ("there", 0.3)):
+        cfg = config(scenes, tmp_path / name, custom_hooks=[{**ONE_LINE[0], "prune_ratio": ratio}])
+        cfg.default_hooks.checkpoint.interval = 8
+        train(cfg)
+    checkpoint = str(tmp_path / "here/iter_8.pth")
+    with pytest.raises(ValueError, match=r"there/infobatch_summary.json belongs to a run with prune_ratio=0\.3"):
+        train(config(scenes, tmp_path / "there", resume=True, load_from=checkpoint))
 
 
 def test_resume_with_another_data_set_is_refused(scenes: Path, tmp_path: Path) -> None:
+    """By the data set, not by settings, whatever else the work directory holds."""
     from infobatch_mm.demo.street import draw_dataset
 
     cfg = config(scenes, tmp_path / "run")
     cfg.default_hooks.checkpoint.interval = 8
     train(cfg)
     more = draw_dataset(tmp_path / "more", num_train=30, num_val=4, size=32)
-    with pytest.raises(ValueError, match=r"num_samples=22.*num_samples=30"):
+    message = "cannot resume: the checkpoint scores 22 samples, this data set has 30; resume with the data set"
+    with pytest.raises(ValueError, match=message):
         train(config(more, tmp_path / "run", resume=True))
-    Path(tmp_path, "run/infobatch_summary.json").unlink()
-    with pytest.raises(ValueError, match=r"22 samples.*30"):
-        train(config(more, tmp_path / "run", resume=True))
-    renamed = draw_dataset(tmp_path / "renamed", num_train=22, num_val=4, size=32)
-    for file in [*renamed.rglob("training/*.jpg"), *renamed.rglob("training/*.png")]:
-        file.rename(file.with_name("x" + file.name))
-    with pytest.raises(ValueError, match="other sample names"):
-        train(config(renamed, tmp_path / "run", resume=True))
+    # one image in another's place: every score after it would sit on another image
+    replaced = draw_dataset(tmp_path / "replaced", num_train=22, num_val=4, size=32)
+    for file in replaced.rglob("training/00013.*"):
+        file.rename(file.with_stem("00013b"))
+    with pytest.raises(ValueError, match=r"cannot resume: the checkpoint scores a data set with other sample names \("):
+        train(config(replaced, tmp_path / "run", resume=True))
 
 
 def test_a_newer_state_is_refused(scenes: Path, tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ class Training:
         twin, summary, state = self.twin, self.infobatch.summary(), self.infobatch.state_dict()
         assert summary["passes_done"] == EPOCHS, self.case
         assert [entry["kept"] for entry in summary["per_pass"]] == twin.kept, self.case
-        assert summary["samples_seen"] == sum(twin.kept), self.case
+        assert summary["visits"] == sum(twin.kept), self.case
         assert state["times_seen"].tolist() == twin.times, self.case
         scores = [score if seen else None for score, seen in zip(state["scores"].tolist(), state["seen"], strict=True)]
         expected = [None if score is None else pytest.approx(score, rel=1e-6) for score in twin.scores]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,42 @@ def test_a_process_group_shares_the_data_of_its_own(ranks: list[dict[str, Any]])
             visits.append(index.tolist())
     for rank in ranks:
         assert tuple(rank["group"]) == (visits, alone.summary())
+
+
+def alone(rank: int, folder: str) -> None:
+    """One process merges, the other goes on to its own collective, as a training does."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    infobatch = InfoBatch(8, 4, batch_size=4)
+    for index, _ in infobatch.loader(list(range(8))):
+        infobatch.weigh(index.float(), index)
+        if rank == MERGES[0]:
+            begun = time.monotonic()
+            try:
+                infobatch.merge(timeout_s=2)
+            except ValueError as error:
+                Path(folder, "error").write_text(f"{time.monotonic() - begun} {error}")
+        elif rank == MERGES[1]:
+            Path(folder, "late").touch()
+        break
+    # The other process waits for the writer here, not for its collective.
+    while not Path(folder, "error").exists():
+        time.sleep(0.05)
+
+
+#: Which rank merges alone, and which goes on.
+MERGES = (0, 1)
+
+
+def alone_on_rank_1(rank: int, folder: str) -> None:
+    global MERGES
+    MERGES = (1, 0)
+    alone(rank, folder)
+
+
+@pytest.mark.parametrize(("target", "merges"), [(alone, 0), (alone_on_rank_1, 1)], ids=["rank 0", "rank 1"])
+def test_merge_on_one_process_alone_ends_in_seconds_with_its_name(target: Any, merges: int, tmp_path: Path):
+    mp.spawn(target, (str(tmp_path),), nprocs=2, join=True)
+    seconds, message = Path(tmp_path, "error").read_text().split(" ", 1)
+    assert 1 < float(seconds) < 30
+    assert message.startswith(f"infobatch.merge() was called on process {merges}, but not within 2 s on every other")
+    assert "take it out of `if is_main_process`" in message

@@ -132,3 +132,24 @@ def weighted(parts, weights):
 
 def weighted_mean(losses, weights):
     return weighted(losses, weights) / len(losses)
+
+
+# ---------------------------------------------------------------- what a pruned pass shows
+
+
+def shown(parts, weights):
+    """For contributions to a loss: their mean by weights, times their number; their sum where all weights are equal."""
+    parts, weights = [float(each.detach()) for each in parts], weights.double().tolist()
+    if len(set(weights)) == 1:
+        return sum(parts)
+    return len(parts) * sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
+
+
+def shown_by_own(value, own, weights):
+    """For a loss that does not separate: the host's, times the own ones' mean by weights, by their plain mean."""
+    return float(value.detach()) * shown(own, weights) / sum(float(each.detach()) for each in own)
+
+
+def shown_objective(objective, weights):
+    """For the weighted sum of contributions to a loss."""
+    return float(objective) * len(weights) / float(weights.double().sum())

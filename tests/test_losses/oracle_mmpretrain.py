@@ -18,7 +18,7 @@ from mmengine.model import BaseModule
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample, MultiTaskDataSample
 from oracle_alone import Step, gradients_of, relative_error, take_step  # noqa: F401
-from oracle_losses import only, weighted
+from oracle_losses import only, shown_objective, weighted
 
 BATCH, CHANNELS, NUM_CLASSES, SIZE = 4, 8, 5, (8, 8)
 #: Uneven, with a 0 and a large one.
@@ -146,6 +146,12 @@ def assert_shows(ours, host):
     """The loss and the log are the host's, to the bit."""
     assert ours.loss == host.loss
     assert ours.log == host.log and list(ours.log) == list(host.log)
+
+
+def assert_shows_mean(ours, host, objective, weights):
+    """In a pruned pass the log has the host's keys, and the loss is the samples' mean by weights."""
+    assert list(ours.log) == list(host.log)
+    assert ours.loss == pytest.approx(shown_objective(objective, weights), rel=2e-6)
 
 
 def assert_same_step(ours, host):

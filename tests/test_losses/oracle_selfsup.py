@@ -36,6 +36,7 @@ class Parts:
 
     contributions: list
     scores: list
+    rows: list | None = None  # how many rows of a list each sample has; None where a sample is a row
 
 
 def number(value):
@@ -46,7 +47,7 @@ def together(parts, factor=1.0):
     """The sum of several losses, of which the host optimises a multiple."""
     contributions = [factor * sum(each) for each in zip(*(part.contributions for part in parts), strict=True)]
     scores = zip(*(part.scores for part in parts), strict=True)
-    return Parts(contributions, [None if None in each else sum(each) for each in scores])
+    return Parts(contributions, [None if None in each else sum(each) for each in scores], parts[0].rows)
 
 
 def pixels_of(loss, pred, target):
@@ -110,7 +111,8 @@ def listed_tokens(loss, samples):
     """One list of all samples' tokens, given as (losses) by sample: the mean over the list."""
     total = sum(len(own) for own in samples)
     contributions = [sum(own) / total if own else torch.zeros(()) for own in samples]
-    return Parts(contributions, [number(sum(own)) / len(own) if own else None for own in samples])
+    scores = [number(sum(own)) / len(own) if own else None for own in samples]
+    return Parts(contributions, scores, [len(own) for own in samples])
 
 
 # ---------------------------------------------------------------- heads: (settings, head, what its loss is called with)
@@ -625,7 +627,16 @@ def oracle_step(case, weights, dtype=torch.float32, batch=BATCH):
     objective = sum(weight * each for weight, each in zip(weights.double().tolist(), parts.contributions, strict=True))
     model.zero_grad()
     objective.backward()
-    return Step(number(objective), {}, gradients_of(model), parts.scores)
+    return Step(number(objective), dict(shown=shown_mean(parts, weights)), gradients_of(model), parts.scores)
+
+
+def shown_mean(parts, weights):
+    """What a pruned pass shows: by the weights of the rows, times their number; the host's where all are equal."""
+    rows, weights = parts.rows or [1] * len(parts.scores), weights.double().tolist()
+    if len({weight for weight, count in zip(weights, rows, strict=True) if count}) == 1:
+        return sum(number(each) for each in parts.contributions)
+    objective = sum(weight * number(each) for weight, each in zip(weights, parts.contributions, strict=True))
+    return sum(rows) * objective / sum(weight * count for weight, count in zip(weights, rows, strict=True))
 
 
 def step(case, model, weigher=None, weights=None, pruned=False, batch=BATCH):

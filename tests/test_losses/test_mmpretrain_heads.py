@@ -13,7 +13,7 @@ from mmpretrain.engine import SetAdaptiveMarginsHook
 from mmpretrain.models import heads as host_heads
 from mmpretrain.models.heads import ArcFaceClsHead, ClsHead, MultiLabelClsHead
 from mmpretrain.structures import DataSample
-from oracle_losses import only, passes, weighted
+from oracle_losses import only, passes, shown, weighted
 from oracle_mmpretrain import (
     BATCH,
     CHANNELS,
@@ -24,6 +24,7 @@ from oracle_mmpretrain import (
     assert_same_step,
     assert_scores,
     assert_shows,
+    assert_shows_mean,
     build,
     classifier,
     cross_entropies,
@@ -212,10 +213,13 @@ def test_weights_of_one_are_the_hosts_step(case, pruned):
 @passes
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_the_host_is_shown_and_the_weighted_sum_is_optimised(case, dtype, pruned):
-    ours = our_step(case, WEIGHTS, pruned, dtype)
-    assert_shows(ours, host_step(case, dtype))
-    assert_same_gradients(ours, oracle(case, WEIGHTS, dtype), dtype)
+def test_the_weighted_sum_is_optimised_and_a_pruned_pass_shows_the_mean_by_weights(case, dtype, pruned):
+    ours, expected = our_step(case, WEIGHTS, pruned, dtype), oracle(case, WEIGHTS, dtype)
+    if pruned:
+        assert_shows_mean(ours, host_step(case, dtype), expected.loss, WEIGHTS)
+    else:
+        assert_shows(ours, host_step(case, dtype))
+    assert_same_gradients(ours, expected, dtype)
 
 
 @passes
@@ -276,8 +280,10 @@ def test_a_sample_without_a_label_to_train_on_has_no_score():
     model, host = build(classifier(linear_head())), build(classifier(linear_head()))
     weigher, _ = attached(model)
     ours = take_step(model, lambda: model.loss(make_inputs(), samples), weigher, WEIGHTS, True)
-    assert_shows(ours, take_step(host, lambda: host.loss(make_inputs(), samples)))
-    assert_scores(ours, oracle_step(host, losses_alone(host, make_inputs(), samples), WEIGHTS).scores, [1, 0, 1, 1])
+    theirs = take_step(host, lambda: host.loss(make_inputs(), samples))
+    expected = oracle_step(host, losses_alone(host, make_inputs(), samples), WEIGHTS)
+    assert_shows_mean(ours, theirs, expected.loss, WEIGHTS)
+    assert_scores(ours, expected.scores, [1, 0, 1, 1])
 
 
 @pytest.mark.skipif("RegressionHead" not in host_heads.__all__, reason="the fork's")
@@ -294,8 +300,9 @@ def test_a_regression_of_one_value_is_weighed():
     model, host = make(), make()
     weigher, _ = attached(model)
     ours = take_step(model, lambda: model.loss(make_inputs(), samples), weigher, WEIGHTS, True)
-    assert_shows(ours, take_step(host, lambda: host.loss(make_inputs(), samples)))
+    theirs = take_step(host, lambda: host.loss(make_inputs(), samples))
     expected = oracle_step(host, losses_alone(host, make_inputs(), samples), WEIGHTS)
+    assert_shows_mean(ours, theirs, expected.loss, WEIGHTS)
     assert_same_gradients(ours, expected, torch.float32)
     assert_scores(ours, expected.scores)
 
@@ -374,13 +381,14 @@ def task_losses(model, task_head, feats, samples):
 def task_oracle(name, weights, dtype):
     make, present = TASKS[name]
     model, samples = build(classifier(make()), dtype), task_samples(present)
-    objective, own = 0.0, torch.zeros(BATCH, dtype=torch.float64)
+    objective, own, seen = 0.0, torch.zeros(BATCH, dtype=torch.float64), 0.0
     for places, losses in task_losses(model, model.head, model.extract_feat(make_inputs(dtype=dtype)), samples):
         if places:
             objective = objective + weighted(losses, weights[places]) / len(places)
             own[places] += torch.stack(losses).detach().double()
+            seen += shown(losses, weights[places]) / len(places)  # each task by the weights of those that have it
     step = take_step(model, lambda: dict(loss=objective))
-    step.scores = own
+    step.scores, step.log = own, dict(shown=seen)
     return step
 
 
@@ -407,7 +415,11 @@ def test_tasks_with_weights_of_one_are_the_hosts_step(name, pruned):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_each_task_is_weighed_over_the_samples_that_have_it(name, dtype, pruned):
     ours, expected = task_step(name, LossWeigher(), WEIGHTS, pruned, dtype), task_oracle(name, WEIGHTS, dtype)
-    assert_shows(ours, task_step(name, dtype=dtype))
+    if pruned:
+        assert ours.loss == pytest.approx(expected.log["shown"], rel=2e-6)
+        assert list(ours.log) == list(task_step(name).log)
+    else:
+        assert_shows(ours, task_step(name, dtype=dtype))
     assert_same_gradients(ours, expected, dtype)
 
 
@@ -467,11 +479,12 @@ def test_tasks_may_share_a_loss_module():
     model, host = make(), make()
     weigher, views = attached(model)
     ours = take_step(model, lambda: model.loss(make_inputs(), samples()), weigher, WEIGHTS, True)
-    assert_shows(ours, take_step(host, lambda: host.loss(make_inputs(), samples())))
-    objective = 0.0
+    objective = seen = 0.0
     host.zero_grad()
     for places, losses in task_losses(host, host.head, host.extract_feat(make_inputs()), samples()):
         objective = objective + weighted(losses, WEIGHTS[places]) / len(places)
+        seen += shown(losses, WEIGHTS[places]) / len(places)
+    assert ours.loss == pytest.approx(seen, rel=2e-6)
     assert_same_gradients(ours, take_step(host, lambda: dict(loss=objective)), torch.float32)
     assert not views.renew()
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("mmpretrain")
 from mmpretrain.models import losses as host_losses
 from mmpretrain.registry import MODELS
-from oracle_losses import only, passes, weighted
+from oracle_losses import only, passes, shown, weighted
 from oracle_mmpretrain import (
     BATCH,
     NUM_CLASSES,
@@ -237,10 +237,14 @@ def test_weights_of_one_are_the_hosts_step(case, pruned):
 @passes
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_the_host_is_shown_and_the_weighted_sum_is_optimised(case, dtype, pruned):
+def test_the_weighted_sum_is_optimised_and_a_pruned_pass_shows_the_mean_by_weights(case, dtype, pruned):
     batch = case.batch(dtype)
     value, gradient, _ = our_step(case, batch, WEIGHTS, pruned)
-    assert torch.equal(value, host_step(case, batch)[0])
+    if pruned:
+        parts = [each / case.divisor() for each in case.alone(*batch)]
+        assert float(value) == pytest.approx(shown(parts, WEIGHTS), rel=2e-6)
+    else:
+        assert torch.equal(value, host_step(case, batch)[0])
     pred = batch[0].clone().requires_grad_()
     (weighted(case.alone(pred, batch[1]), WEIGHTS) / case.divisor()).backward()
     assert error(gradient, pred.grad) <= (1e-12 if dtype == torch.float64 else 1e-6)
@@ -318,7 +322,7 @@ def test_sample_weights_of_a_caller_are_kept(name, weigh):
     batch = case.batch(torch.float32)
     module, weigher, _ = attached(case)
     if weigh:
-        weigher.begin(WEIGHTS)
+        weigher.begin(WEIGHTS, pruned=False)
     value, gradient = step(module, batch, case.call() | dict(weight=own))
     assert torch.equal(value, step(case.module(), batch, case.call() | dict(weight=own))[0])
     pred, host = batch[0].clone().requires_grad_(), case.module()
@@ -363,9 +367,10 @@ def test_seesaw_is_weighed_with_the_hosts_counts(options, pruned):
         weigher.begin(WEIGHTS, pruned=pruned)
         value, gradient = step(module, (pred, target), case.call())
         scores, _ = weigher.end()
-        assert torch.equal(value, step(host, (pred, target), case.call())[0])
+        whole = step(host, (pred, target), case.call())[0]
         pred.requires_grad_()
         own = seesaw_by_hand(pred, target, seen, **options)
+        assert float(value) == pytest.approx(shown(own, WEIGHTS) / BATCH if pruned else float(whole), rel=1e-6)
         (weighted(own, WEIGHTS) / BATCH).backward()
         assert error(gradient, pred.grad) <= 1e-7  # the host's factors are in single precision
         torch.testing.assert_close(scores, torch.stack(own).detach().float(), rtol=1e-6, atol=1e-7)

@@ -20,6 +20,7 @@ from oracle_mmpretrain import (
     assert_same_gradients,
     assert_same_step,
     assert_shows,
+    assert_shows_mean,
     build,
     classifier,
     labelled,
@@ -370,16 +371,20 @@ def test_weights_of_one_are_the_hosts_step(head, augment, pruned):
 
 @passes
 @every_step
-def test_the_host_is_shown_and_the_weighted_sum_over_images_is_optimised(head, augment, pruned):
+def test_the_weighted_sum_over_images_is_optimised_and_a_pruned_pass_shows_their_mean(head, augment, pruned):
     model, host = make_model(head, augment), make_model(head, augment)
     drawn = host.data_preprocessor.batch_augments
     weigher, _ = attached(model)
     for draws in (0, 3, 4):
         weights = weights_of_images(*replay(drawn, draws))
         ours = step(model, head, weigher, WEIGHTS, pruned, draws)
-        assert_shows(ours, step(host, head, draws=draws))
+        theirs = step(host, head, draws=draws)
         seed(draws)
         expected = oracle_step(host, losses_alone(host, *preprocessed(host, head)), weights)
+        if pruned:
+            assert_shows_mean(ours, theirs, expected.loss, weights)
+        else:
+            assert_shows(ours, theirs)
         assert_same_gradients(ours, expected, torch.float32)
 
 

@@ -22,7 +22,7 @@ from mmpretrain.models.heads import (
 )
 from mmpretrain.models.selfsup import MAE, BEiT, SimSiam
 from oracle_alone import Step, gradients_of, relative_error, seed, take_step
-from oracle_losses import passes
+from oracle_losses import passes, shown, shown_by_own
 from oracle_selfsup import (
     BATCH,
     CE,
@@ -43,6 +43,7 @@ from oracle_selfsup import (
     number,
     oracle_step,
     relative_to,
+    shown_mean,
     step,
     targets_of,
 )
@@ -76,6 +77,15 @@ def assert_shows(ours, host, exact=True):
     else:
         assert ours.loss == pytest.approx(host.loss, rel=1e-6)
         assert ours.log == pytest.approx(host.log, rel=1e-6)
+
+
+def assert_shows_in(pruned, ours, host, expected, exact=True):
+    """The host's loss and log in a full pass; in a pruned one the mean by weights."""
+    if not pruned:
+        assert_shows(ours, host, exact)
+        return
+    assert list(ours.log) == list(host.log)
+    assert ours.loss == pytest.approx(expected.log["shown"], rel=1e-5)
 
 
 def assert_same_step(ours, host, exact=True):
@@ -245,7 +255,7 @@ def test_weighed_heads_optimise_what_the_samples_contribute(name, pruned):
     model, host = case.build(torch.float64), case.build(torch.float64)
     weigher, _ = attached(model)
     ours, expected = step(case, model, weigher, weights, pruned), oracle_step(case, weights, torch.float64)
-    assert_shows(ours, step(case, host), exact(name))
+    assert_shows_in(pruned, ours, step(case, host), expected, exact(name))
     assert relative_error(ours, expected) <= 1e-7, "weights are float32"
     assert relative_to(ours, expected.scores) <= 1e-6
 
@@ -257,7 +267,7 @@ def test_weighed_models_optimise_what_the_samples_contribute(name, pruned):
     model, host = case.build(), case.build()
     weigher, _ = attached(model)
     ours, expected = step(case, model, weigher, weights, pruned), oracle_step(case, seen(case, weights))
-    assert_shows(ours, step(case, host), exact(name))
+    assert_shows_in(pruned, ours, step(case, host), expected, exact(name))
     assert relative_error(ours, expected) <= 1e-5
     assert relative_to(ours, expected.scores) <= 1e-5
     assert relative_error(ours, step(case, host)) > 1e-2, "these weights make a difference"
@@ -328,7 +338,7 @@ def test_small_batches_are_weighed(name, batch):
     weigher, _ = attached(model)
     ours = step(case, model, weigher, weights, True, batch)
     expected = oracle_step(case, seen(case, weights), batch=batch)
-    assert_shows(ours, step(case, host, batch=batch), exact(name))
+    assert_shows_in(True, ours, step(case, host, batch=batch), expected, exact(name))
     assert relative_error(ours, expected) <= 1e-5
     assert relative_to(ours, expected.scores) <= 1e-5
 
@@ -546,14 +556,14 @@ def paired_step(case, model, weigher, weights, batch, indices=None, pair=pair):
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
 def test_images_have_the_weight_of_their_pair_and_scores_of_their_own(batch):
     case, weights = MODELS["mixmim"], WEIGHTS[:batch]
-    model, host = case.build(), case.build()
+    model = case.build()
     weigher, _ = attached(model)
     ours = paired_step(case, model, weigher, weights, batch, torch.arange(batch) + 7)
     images = pair(weights, weights.flip(0))
     if batch % 2:  # the image in the middle meets itself
         images[batch // 2] = weights[batch // 2]
     expected = oracle_step(case, images, batch=batch)
-    assert ours.loss == step(case, host, batch=batch).loss
+    assert ours.loss == pytest.approx(expected.log["shown"], rel=1e-5)
     assert relative_error(ours, expected) <= 1e-5
     assert relative_to(ours, expected.scores) <= 1e-5
 
@@ -756,15 +766,16 @@ def test_a_head_that_leaves_the_loss_alone_is_weighed_as_its_parent(name, cls, p
     weigher, views = attached(model)
     assert views.vectorised and not views.not_separable
     ours = step(case, model, weigher, weights, pruned)
-    assert_shows(ours, step(case, of_class(name, cls)))
-    calls = []
+    theirs, calls = step(case, of_class(name, cls)), []
     (host.head.loss if name == "spark" else host.head.loss_module).register_forward_hook(
         lambda module, args, result: calls.append(args)
     )
     case.losses(host)
     parts = masked_tokens(L2, *calls[0])
     assert torch.allclose(calls[0][1], targets_of(case.head, case.inputs(), True).tanh(), atol=1e-5)
-    assert relative_error(ours, reference_step(host, weighted(parts.contributions, weights), parts.scores)) <= 1e-5
+    expected = reference_step(host, weighted(parts.contributions, weights), parts.scores)
+    assert_shows_in(pruned, ours, theirs, Step(0, dict(shown=shown_mean(parts, weights)), {}))
+    assert relative_error(ours, expected) <= 1e-5
     assert relative_to(ours, parts.scores) <= 1e-5
 
 
@@ -777,8 +788,7 @@ def test_a_head_with_a_loss_of_its_own_goes_the_universal_way(pruned):
     assert not views.vectorised and views.not_separable == ["head (LogCosh)"]
     for _ in range(2):  # the first step proves, the second does not
         ours = step(case, model, weigher, weights, pruned)
-        assert_shows(ours, step(case, of_class("mae", LogCosh)))
-    latent = []
+    theirs, latent = step(case, of_class("mae", LogCosh)), []
     host.neck.register_forward_hook(lambda module, args, result: latent.append(result))
     masks = []
     host.backbone.register_forward_hook(lambda module, args, result: masks.append(result[1]))
@@ -787,6 +797,7 @@ def test_a_head_with_a_loss_of_its_own_goes_the_universal_way(pruned):
     each = torch.log(torch.cosh(latent[0] - target)).mean(-1)
     own = [(each[i] * masks[0][i]).sum() / masks[0][i].sum() for i in range(BATCH)]
     expected = reference_step(host, weighted(own, weights) / BATCH, own)
+    assert_shows_in(pruned, ours, theirs, Step(0, dict(shown=shown(own, weights) / BATCH), {}))
     assert relative_error(ours, expected) <= 1e-5
     assert relative_to(ours, expected.scores) <= 1e-5
 
@@ -799,8 +810,8 @@ def test_a_masked_head_that_nobody_knows_is_weighed_sample_by_sample(head):
     for _ in range(2):
         ours = take_step(model, model.loss, weigher, WEIGHTS[:BATCH], True)
         theirs = take_step(host, host.loss)
-        assert_shows(ours, theirs)
         own = losses_alone(host)
+        assert ours.loss == pytest.approx(shown_by_own(torch.tensor(theirs.loss), own, WEIGHTS[:BATCH]), rel=1e-6)
         expected = reference_step(host, weighted(own, WEIGHTS[:BATCH]) / BATCH, own)
         assert relative_error(ours, expected) <= 1e-7
         assert relative_to(ours, expected.scores) <= 1e-6
@@ -820,10 +831,9 @@ def test_a_loss_that_is_a_sum_stays_one():
         return model.loss()["loss"]
 
     ours = take_step(model, lambda: losses(model), weigher, WEIGHTS[:BATCH], True)
-    theirs = take_step(host, lambda: losses(host))
-    assert_shows(ours, theirs)
     own = [count * loss for count, loss in zip((3, 1, 2, 6), losses_alone(host), strict=True)]
     expected = reference_step(host, weighted(own, WEIGHTS[:BATCH]), own)
+    assert ours.loss == pytest.approx(shown(own, WEIGHTS[:BATCH]), rel=1e-6)
     assert relative_error(ours, expected) <= 1e-7
     assert relative_to(ours, expected.scores) <= 1e-6
 
@@ -834,7 +844,9 @@ def test_a_sample_without_a_masked_token_does_not_spoil_a_head_of_ones_own(count
     model, host = own_head(Reconstruction, counts), own_head(Reconstruction, counts)
     weigher, _ = attached(model)
     ours = take_step(model, model.loss, weigher, WEIGHTS[:BATCH] + 1, True)
-    assert_shows(ours, take_step(host, host.loss))
+    losses = [loss if count else torch.zeros(()) for count, loss in zip(counts, losses_alone(host), strict=True)]
+    whole = torch.tensor(take_step(host, host.loss).loss)
+    assert ours.loss == pytest.approx(shown_by_own(whole, losses, WEIGHTS[:BATCH] + 1), rel=1e-6)
     assert all(each.isfinite().all() for each in ours.gradients.values())
     own = [number(loss) if count else None for count, loss in zip(counts, losses_alone(host), strict=True)]
     assert ours.scored[ours.scores.isfinite()].tolist() == [True] * 3
@@ -878,7 +890,6 @@ def test_a_registered_loss_of_ones_own_is_weighed_token_by_token(name, clean_reg
     model, host = with_token_loss(Squared(), name), with_token_loss(Squared(), name)
     weigher, _ = attached(model)
     ours = step(case, model, weigher, weights, True)
-    assert_shows(ours, step(case, with_token_loss(Squared(), name)))
     rows, lists = [int(sample.mask.sum()) for sample in case.samples()], []
     host.head.loss_module.register_forward_hook(
         lambda module, args, result: lists.append(module.per_token(*args).split(rows))
@@ -1153,12 +1164,12 @@ def test_a_token_head_that_computes_its_loss_itself_is_weighed_image_by_image():
     model, host = of_class("beit_v1", Focal), of_class("beit_v1", Focal)
     weigher, views = attached(model)
     assert views.not_separable == ["head (Focal)"]
-    ours = step(case, model, weigher, WEIGHTS[:BATCH], True)
-    assert_shows(ours, step(case, of_class("beit_v1", Focal)))
+    ours, whole = step(case, model, weigher, WEIGHTS[:BATCH], True), step(case, of_class("beit_v1", Focal)).loss
     calls, loss = [], host.head.loss
     host.head.loss = lambda *args: calls.append(args) or loss(*args)
     case.losses(host)
     own = [loss(*(each[i : i + 1] for each in calls[0])) for i in range(BATCH)]
+    assert ours.loss == pytest.approx(shown_by_own(torch.tensor(whole), own, WEIGHTS[:BATCH]), rel=1e-5)
     expected = reference_step(host, weighted(own, WEIGHTS[:BATCH]) / BATCH, own)
     assert relative_error(ours, expected) <= 1e-5
     assert relative_to(ours, expected.scores) <= 1e-5

@@ -26,6 +26,7 @@ from oracle import (
     total,
     weighted_sum,
 )
+from oracle_losses import shown
 
 from infobatch_mm.losses import LossWeigher, attach_views
 
@@ -119,10 +120,10 @@ def skip_what_the_host_cannot_run(case):
             pytest.skip(f"the host itself cannot run class_weight with avg_non_ignore=True: {error}")
 
 
-def attached(model, weights, **options):
+def attached(model, weights, pruned=True, **options):
     weigher = LossWeigher()
     attach_views(model, weigher, **options)
-    weigher.begin(weights)
+    weigher.begin(weights, pruned=pruned)
     return weigher
 
 
@@ -198,24 +199,37 @@ def test_weights_of_one_give_losses_and_gradients_of_the_host_to_the_bit(case):
 
 
 @every_case
-def test_values_are_of_the_host_whatever_the_weights(case):
+def test_values_are_of_the_host_in_a_full_pass(case):
     skip_what_the_host_cannot_run(case)
     host = case.model()
     model = copy.deepcopy(host)
-    attached(model, make_weights())
+    attached(model, make_weights(), pruned=False)
     inputs, labels = make_inputs(), case.make_labels()
     ours, theirs = model.loss(inputs, make_samples(labels)), host.loss(inputs, make_samples(labels))
     assert_same_tensors(ours, theirs)
 
 
+@every_case
+def test_values_are_means_by_weights_in_a_pruned_pass(case):
+    skip_what_the_host_cannot_run(case)
+    host, weights = case.model(torch.float64), make_weights()
+    model = copy.deepcopy(host)
+    attached(model, weights)
+    inputs, labels = make_inputs(dtype=torch.float64), case.make_labels()
+    with torch.no_grad():
+        value = total(model.loss(inputs, make_samples(labels)))
+        _, parts = contributions(host, lambda each, samples: each.loss(inputs, samples), labels)
+    assert float(value) == pytest.approx(shown(parts, weights), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @every_case
-def test_values_of_other_float_types_are_of_the_host(case, dtype):
+def test_values_of_other_float_types_are_of_the_host_in_a_full_pass(case, dtype):
     skip_what_the_host_cannot_run(case)
     logits, labels = head_batch(case, dtype=dtype)
     host = small_ohem(case).model()
     model = copy.deepcopy(host)
-    attached(model, make_weights())
+    attached(model, make_weights(), pruned=False)
     ours = model.decode_head.loss_by_feat(logits, make_samples(labels))
     theirs = host.decode_head.loss_by_feat(logits, make_samples(labels))
     for key, value in theirs.items():
@@ -334,7 +348,7 @@ def test_scores_average_to_the_host_loss_where_no_pixel_is_ignored():
         case = CASES[name]
         logits, labels = head_batch(case)
         model = case.model()
-        weigher = attached(model, make_weights())
+        weigher = attached(model, torch.ones(4))
         losses = model.decode_head.loss_by_feat(logits, make_samples(labels))
         scores, valid = weigher.end()
         assert valid.all()

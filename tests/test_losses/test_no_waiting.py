@@ -124,6 +124,19 @@ def test_class_weights_wait_only_where_the_host_does(monkeypatch):
     assert not [str(wait) for wait in step(run, 0, far, True)[1] if wait.is_ours]
 
 
+def test_shares_of_ohem_are_found_without_waiting():
+    """Which the host itself is not able to: it lists the valid pixels."""
+    module = mmseg_losses.OhemCrossEntropy(thres=0.3, min_kept=5, class_weight=[0.5, 1.0, 2.5, 0.1, 1.7])
+    pred = torch.randn(4, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    target = make_labels(size=(8, 8), blank=1)
+    expected = mmseg_losses._ohem_shares(module, dict(score=pred, target=target))
+    torch.testing.assert_close(expected.sum(), module(pred, target))
+    with noted() as notes:
+        shares = mmseg_losses._ohem_shares(module, dict(score=far(pred), target=far(target)))
+    torch.testing.assert_close(near(shares), expected)
+    assert not notes.waits
+
+
 def test_a_loss_weight_that_is_learned_is_not_looked_at():
     run = Run(KINDS["classifier"])
     step(run, 0, here, True)

@@ -8,7 +8,15 @@ pytest.importorskip("mmseg")
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.losses import CrossEntropyLoss, DiceLoss
 from oracle import make_inputs, make_labels, make_samples, make_weights, total
-from oracle_losses import labels_of, losses_alone, tiny_model, weighted, weighted_mean, with_head
+from oracle_losses import (
+    labels_of,
+    losses_alone,
+    shown_by_own,
+    tiny_model,
+    weighted,
+    weighted_mean,
+    with_head,
+)
 
 import infobatch_mm.losses.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
 from infobatch_mm.losses import (
@@ -153,7 +161,7 @@ def alone_by_feat(model, logits, labels):
 
 
 def assert_weighed(make, form=weighted_mean, predictions=None, vectorised=False, separable=True, tolerance=1e-8):
-    """Full passes are the host's; pruned ones have the oracle's gradient, the host's value and the samples' scores."""
+    """Full passes are the host's; pruned ones have the oracle's gradient, the mean by weights, the samples' scores."""
     value, gradient, *_ = step(make())
     ours = step(make(), torch.ones(4), pruned=False)
     torch.testing.assert_close(ours[0], value, rtol=1e-9, atol=0)
@@ -161,7 +169,7 @@ def assert_weighed(make, form=weighted_mean, predictions=None, vectorised=False,
     weights = make_weights()
     expected, alone = oracle(make(), form, weights, predictions)
     shown, weighed, (scores, valid), views = step(make(), weights)
-    torch.testing.assert_close(shown, value, rtol=1e-9, atol=0)
+    assert float(shown) == pytest.approx(shown_by_own(value, [torch.tensor(each) for each in alone], weights), 1e-6)
     torch.testing.assert_close(weighed, expected, rtol=tolerance, atol=1e-12)
     assert views.vectorised == vectorised
     assert bool(views.not_separable) != separable
@@ -325,7 +333,7 @@ def test_a_function_of_a_head_shows_what_the_host_shows():
     model, weigher = with_head(TwoTermsHead), LossWeigher()
     attach_views(model, weigher)
     inputs, labels = make_inputs(size=(32, 32)), make_labels(size=SIZE)
-    weigher.begin(make_weights())
+    weigher.begin(make_weights(), pruned=False)
     ours = model.loss(inputs, make_samples(labels))
     theirs = with_head(TwoTermsHead).loss(inputs, make_samples(labels))
     assert list(ours) == list(theirs)

@@ -25,7 +25,7 @@ from oracle import (
 )
 from oracle_losses import labels_of, passes, tiny_model, with_head
 
-from infobatch_mm.losses import LossWeigher, attach_views
+from infobatch_mm.losses import LossWeigher, attach_views, register_head_rule, register_samplewise_loss, registry
 
 SIZE = (8, 8)
 
@@ -108,6 +108,15 @@ def assert_same_step(ours, theirs):
 # ---------------------------------------------------------------- random generators
 
 
+@pytest.fixture
+def registered_as_means(monkeypatch):
+    """Of random losses somebody has to say it."""
+    for name in ("_LOSSES", "_HEADS"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    register_head_rule(DrawingHead, reduction="mean")
+    register_samplewise_loss(DrawingLoss, reduction="mean")
+
+
 def seed_all(seed=5):
     torch.manual_seed(seed)
     np.random.seed(seed)
@@ -120,14 +129,14 @@ def next_draws():
 
 @passes
 @pytest.mark.parametrize("make", [lambda: with_head(DrawingHead), drawing_loss], ids=["head", "loss"])
-def test_generators_are_left_where_the_host_leaves_them(make, pruned):
+def test_generators_are_left_where_the_host_leaves_them(make, pruned, registered_as_means):
     host, model = make(), make()
     weigher, _ = attached(model)
     draws, values = [], []
     for each in (host, model):
         seed_all()
         for i in range(3):
-            weigher.begin(make_weights() if pruned else torch.ones(4), pruned=pruned)
+            weigher.begin(torch.ones(4), pruned=pruned)  # which show the host's value
             losses = each.loss(*make_batch(i))
             draws.append(next_draws())
             values.append(float(total(losses).detach()))
@@ -137,7 +146,7 @@ def test_generators_are_left_where_the_host_leaves_them(make, pruned):
     assert len(set(values)) == 3
 
 
-def test_a_full_pass_has_the_gradients_of_the_hosts_draws():
+def test_a_full_pass_has_the_gradients_of_the_hosts_draws(registered_as_means):
     host, model = with_head(DrawingHead), with_head(DrawingHead)
     weigher, _ = attached(model)
     results = []
@@ -360,7 +369,7 @@ def test_scores_are_the_same_in_both_forms_and_for_all_weights(make, pruned):
 def test_without_gradients_a_batch_is_scored_and_shows_the_hosts_values(make, pruned):
     model, host = make(), make()
     weigher, _ = attached(model)
-    weigher.begin(make_weights(), pruned=pruned)
+    weigher.begin(torch.ones(4), pruned=pruned)
     with torch.no_grad():
         ours, theirs = model.loss(*make_batch()), host.loss(*make_batch())
     for key, value in theirs.items():
@@ -373,7 +382,7 @@ def test_without_gradients_a_batch_is_scored_and_shows_the_hosts_values(make, pr
 def test_under_autocast_values_stay_the_hosts(make, pruned):
     model, host = make(), make()
     weigher, _ = attached(model)
-    weigher.begin(make_weights(), pruned=pruned)
+    weigher.begin(torch.ones(4), pruned=pruned)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = model.loss(*make_batch()), host.loss(*make_batch())
     total(ours).backward()

@@ -27,11 +27,17 @@ def test_end_without_a_score_gives_none():
 
 
 @pytest.mark.parametrize("normaliser", [6.0, torch.tensor(6.0), 1.0])
-def test_weighed_value_is_the_host_loss_and_gradient_the_weighted_sum(normaliser):
+@pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
+def test_the_value_is_the_host_loss_or_the_mean_by_weights_and_the_gradient_the_weighted_sum(normaliser, pruned):
     per_sample = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     host_loss = (per_sample.sum() / normaliser).detach()
-    out = begun(0.5, 0.0, 4.0).weigh(per_sample, host_loss, normaliser)
-    assert torch.equal(out, host_loss)
+    weigher = LossWeigher()
+    weigher.begin(torch.tensor([0.5, 0.0, 4.0]), pruned)
+    out = weigher.weigh(per_sample, host_loss, normaliser)
+    if pruned:
+        torch.testing.assert_close(out, torch.tensor(3 * 12.5 / 4.5) / normaliser, rtol=1e-6, atol=0)
+    else:
+        assert torch.equal(out, host_loss)
     out.backward()
     torch.testing.assert_close(per_sample.grad, torch.tensor([0.5, 0.0, 4.0]) / normaliser, rtol=1e-7, atol=0)
 

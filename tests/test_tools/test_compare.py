@@ -133,7 +133,7 @@ def test_random_pruning_makes_as_many_visits(by_epoch: bool) -> None:
     hooks = [dict(type="EMAHook"), dict(type="InfoBatchHook", prune_ratio=0.5, delta=0.875)]
     cfg = epochs(train_cfg=loop, custom_hooks=hooks)
     schedule = schedule_of(cfg, num_samples)
-    summary = dict(prune_ratio=0.5, delta=0.875, samples_full=80000, samples_seen=63210)
+    summary = dict(prune_ratio=0.5, delta=0.875, visits_full=80000, visits=63210)
     policy_option, ratio_option = at_random(cfg, schedule, summary)
     assert policy_option == "custom_hooks.1.policy=random"
     name, ratio = ratio_option.split("=")
@@ -162,8 +162,8 @@ def leave_log(work_dir: Path, validations: list[dict[str, Any]], kept: list[int]
             "prune_ratio": 0.5,
             "delta": 0.875,
             "num_samples": 100,
-            "samples_seen": sum(kept),
-            "samples_full": 100 * len(kept),
+            "visits": sum(kept),
+            "visits_full": 100 * len(kept),
             "iterations": sum(-(-k // 8) for k in kept),
             "per_pass": per_pass,
         }
@@ -224,6 +224,7 @@ def pair(tmp_path: Path) -> list[str]:
     dataset = dict(type="Any", data_root=str(tmp_path))
     cfg = epochs(train_cfg=dict(max_epochs=4), train_dataloader=dict(batch_size=8, dataset=dataset))
     cfg.param_scheduler = [dict(type="CosineAnnealingLR", T_max=4)]
+    cfg.val_evaluator = dict(type="Accuracy")
     cfg.dump(tmp_path / "model.py")
     cfg.custom_hooks = [dict(type="InfoBatchHook", prune_ratio=0.5, delta=0.875)]
     cfg.dump(tmp_path / "model-infobatch.py")
@@ -247,6 +248,7 @@ def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[str,
         return 10.0
 
     monkeypatch.setattr(tool, "train", pretend)
+    monkeypatch.setattr(tool, "check_built", lambda parser, configs: None)
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     tool.main()
     return calls
@@ -337,6 +339,7 @@ def test_a_pre_training_has_the_quality_of_the_fine_tuning_after_it(
         return 10.0
 
     monkeypatch.setattr(tool, "train", pretend)
+    monkeypatch.setattr(tool, "check_built", lambda parser, configs: None)
     arguments = [*pair, "--shortened", "--random", "--then", str(tmp_path / "tuning.py"), "--work-dir", "out"]
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments, "--then-options", "train_cfg.max_iters=7"])
     tool.main()
@@ -386,14 +389,15 @@ def test_a_fine_tuning_that_would_measure_nothing_is_refused(
     refused("starts from no checkpoint", then(**{start: [dict(type="TruncNormal")]}))
     refused("starts from no checkpoint", then(**{start: None}))
     refused("has no val_evaluator", then(val_evaluator=None))
-    refused("the data set /nowhere", then(data_root="/nowhere"))
+    refused("the data set /nowhere", then(**{"train_dataloader.dataset.data_root": "/nowhere"}))
     refused("the data set /nowhere", [*then(), "--then-options", "data_root=/nowhere"])
 
 
 def test_what_would_fail_later_is_refused_before_training(
     pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    several = tmp_path / "several.py"
+    several, blind = tmp_path / "several.py", tmp_path / "blind.py"
+    blind.write_text(f"_base_ = {pair[0]!r}\nval_evaluator = None")
     several.write_text(f"_base_ = {pair[0]!r}\nparam_scheduler = dict(_delete_=True, generator=[])")
     cases = {
         "has no InfoBatchHook": pair[::-1],
@@ -401,11 +405,72 @@ def test_what_would_fail_later_is_refused_before_training(
         "the data set /nowhere is not there": [*pair, "--cfg-options", "data_root=/nowhere"],
         "absent.npz is not there": [*pair, "--cfg-options", "train_dataloader.dataset.ann_file=absent.npz"],
         "several optimisers": [str(several), pair[1], "--shortened"],
+        "blind.py has no val_evaluator": [str(blind), pair[1]],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit):
             compare(monkeypatch, *arguments)
         assert message in capsys.readouterr().err, message
+
+
+def test_the_data_are_looked_for_where_the_data_sets_say(tmp_path: Path) -> None:
+    """Not where a base has left a variable ``data_root``, and below any wrapper."""
+    from _controls import missing_data
+
+    def missing(dataset: dict[str, Any]) -> Path | None:
+        return missing_data(Config(dict(data_root="data/of/the/base", train_dataloader=dict(dataset=dataset))))
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/list.txt").touch()
+    there, away = (dict(type="Any", data_root=str(tmp_path / name)) for name in ("there", "away"))
+    for wrap in (
+        lambda dataset: dataset,
+        lambda dataset: dict(type="RepeatDataset", times=9, dataset=dataset),
+        lambda dataset: dict(type="ConcatDataset", datasets=[there, dict(type="RepeatDataset", dataset=dataset)]),
+    ):
+        assert missing(wrap(there)) is None
+        assert missing(wrap(away)) == tmp_path / "away"
+        assert missing(wrap(dict(there, ann_file="list.txt"))) is None
+        assert missing(wrap(dict(there, ann_file="none.txt"))) == tmp_path / "there/none.txt"
+        assert missing(wrap(dict(type="Any", ann_file=str(tmp_path / "there/list.txt")))) is None
+    assert missing(dict(type="Any", data_root="s3://bucket/data")) is None
+
+
+def test_summaries_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    from _arms import read_summary
+
+    (tmp_path / "infobatch_summary.json").write_text(json.dumps({"samples_seen": 7, "samples_full": 9}))
+    assert read_summary(tmp_path) == {"visits": 7, "visits_full": 9}
+
+
+@pytest.mark.parametrize(
+    ("typo", "found"),
+    [
+        ("custom_hooks = [dict(type='InfoBatchHook', prune_ration=0.5)]", "prune_ration"),
+        ("model = dict(decode_head=dict(type='NoSuchHead'))", "NoSuchHead"),
+        ("custom_hooks = [dict(type='InfoBatchHook'), dict(type='InfoBatchHook')]", "more than one InfoBatchHook"),
+        ("val_dataloader = dict(dataset=dict(data_prefix=dict(img_path='nowhere')))", "nowhere"),
+    ],
+    ids=["an argument of the hook", "a head", "what only the wiring of a run can find", "a folder of the validation"],
+)
+def test_a_typo_in_the_pruned_config_is_found_before_anything_is_trained(
+    scenes: Path, tmp_path: Path, typo: str, found: str
+) -> None:
+    pytest.importorskip("mmseg")
+    from test_engine.toy import ONE_LINE, config
+
+    cfg = config(scenes, tmp_path / "unused", custom_hooks=[])
+    cfg.custom_imports = dict(imports=["infobatch_mm.engine"], allow_failed_imports=False)
+    cfg.dump(tmp_path / "model.py")
+    pruned = tmp_path / "model-infobatch.py"
+    pruned.write_text(f"_base_ = 'model.py'\ncustom_hooks = {ONE_LINE}\n{typo}\n")
+    command = [sys.executable, str(ROOT / "tools/compare.py"), "model.py", pruned.name, "--work-dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert found in done.stderr
+    assert "model-infobatch.py cannot be trained, for the reason above; nothing was trained" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model.py", "model-infobatch.py"}
 
 
 @pytest.mark.slow

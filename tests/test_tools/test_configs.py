@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,8 +235,8 @@ def test_the_npz_config_trains_on_a_small_file(tmp_path: Path, monkeypatch: pyte
     assert names == ["images-train-00000", "images-train-00039"]
     if infobatch:
         summary = json.loads((tmp_path / "run/infobatch_summary.json").read_text())
-        assert summary["samples_full"] == 120
-        assert 0 < summary["samples_seen"] < 120
+        assert summary["visits_full"] == 120
+        assert 0 < summary["visits"] < 120
 
 
 def test_the_demo_pretrains_and_then_learns_to_segment(scenes: Path, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_the_demo_pretrains_and_then_learns_to_segment(scenes: Path, tmp_path: P
         runner = Runner.from_cfg(cfg)
         runner.train()
         summary = json.loads((tmp_path / name / "infobatch_summary.json").read_text())
-        assert 0 < summary["samples_seen"] < summary["samples_full"]
+        assert 0 < summary["visits"] < summary["visits_full"]
         return runner
 
     name = "mae_vit-tiny-p8_1xb64-coslr-infobatch-100e_demo-64px"
@@ -277,3 +279,17 @@ def test_unknown_zoo_configs_are_refused_by_name() -> None:
 
 def _as_list(value: object) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def test_the_page_of_configs_is_the_one_that_its_tool_writes() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", "import config_table; print(config_table.page(), end='')"],
+        cwd=ROOT / "tools",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (ROOT / "configs/README.md").read_text() == found.stdout
+    for line in found.stdout.splitlines():
+        for link in re.findall(r"\]\(([^)]+)\)", line):
+            assert (ROOT / "configs" / link).is_file()

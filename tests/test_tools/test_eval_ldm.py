@@ -160,7 +160,8 @@ def test_the_images_with_the_lowest_and_the_highest_scores_are_shown(
     scores[order] = np.arange(IMAGES)
     scores[order[0]] = np.nan  # never seen
     names = [images.names[i] for i in reversed(range(IMAGES))]
-    np.savez(tmp_path / "infobatch_scores.npz", score=scores[::-1], name=np.array([*names]))
+    columns = dict(index=np.arange(IMAGES), times_seen=np.ones(IMAGES, dtype=np.int32))
+    np.savez(tmp_path / "infobatch_scores.npz", score=scores[::-1], name=np.array([*names]), **columns)
     eval_ldm.save_extremes(tmp_path, images, 4, tmp_path / "scores.png")
     shown = pil_to_tensor(Image.open(tmp_path / "scores.png"))
     assert shown.shape == (3, 2 * 10 + 2, 4 * 10 + 2)
@@ -168,7 +169,7 @@ def test_the_images_with_the_lowest_and_the_highest_scores_are_shown(
         top, left = 2 + 10 * (place // 4), 2 + 10 * (place % 4)
         assert torch.equal(shown[:, top : top + 8, left : left + 8], evaluation.to_uint8(images.fixed(i)))
     eval_ldm.save_extremes(material, images, 4, tmp_path / "none.png")  # no scores there
-    np.savez(tmp_path / "infobatch_scores.npz", score=scores, name=np.array(["other"] * IMAGES))
+    np.savez(tmp_path / "infobatch_scores.npz", score=scores, name=np.array(["other"] * IMAGES), **columns)
     eval_ldm.save_extremes(tmp_path, images, 4, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from diffusers import LDMPipeline, UNet2DModel, VQModel
 from launching import accelerate_launch, forget_accelerators
 from safetensors.torch import load_file
 
+from infobatch_mm.core import read_scores
 from infobatch_mm.diffusion.images import ImageFolder
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +151,7 @@ def test_a_pruned_run_leaves_a_pipeline_samples_and_its_books(
     train_ldm.main(flags(material, out, eval_data_dir=material / "images", **options))
     summary = summary_of(out)
     assert summary["passes_done"] == 5
-    assert summary["samples_seen"] < summary["samples_full"] == 5 * IMAGES
+    assert summary["visits"] < summary["visits_full"] == 5 * IMAGES
     assert summary["iterations"] == sum(math.ceil(entry["kept"] / 4) for entry in summary["per_pass"])
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["0002.png", "0004.png", "0005.png"]
     assert [path.name for path in train_ldm.checkpoints(out)] == [f"checkpoint-{n}" for n in (16, 20)]
@@ -229,13 +231,12 @@ def test_weights_of_one_give_the_losses_of_a_loop_without_us(
 def test_min_snr_weights_the_loss_and_not_the_score(
     train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import numpy as np
 
     first, scores = {}, {}
     for name, options in (("plain", {}), ("clipped", {"snr_gamma": 0.5})):
         out = tmp_path / name
         first[name] = recorded(train_ldm, monkeypatch, flags(material, out, num_epochs=1, learning_rate=0, **options))
-        scores[name] = np.load(out / "infobatch_scores.npz")["score"]
+        scores[name] = read_scores(out)["score"]
     assert sum(step["loss"] for step in first["clipped"]) < sum(step["loss"] for step in first["plain"])
     assert scores["clipped"] == pytest.approx(scores["plain"], rel=1e-6)
 
@@ -266,9 +267,55 @@ def test_scores_are_what_they_say_of_the_losses_of_all_visits(
         decays = {"raw": [0, 0, 1], "ema": [0.81, 0.9, 1]}[score]
         columns = [[loss for _, loss, _ in each] for each in visits]
         expected = dict(enumerate(np.average(columns, axis=0, weights=decays)))
-    scores = np.load(tmp_path / "infobatch_scores.npz")["score"]
+    scores = read_scores(tmp_path)["score"]
     assert scores.tolist() == pytest.approx([expected[i] for i in range(IMAGES)], rel=1e-4)
     assert summary_of(tmp_path)["score"] == score
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_in_steps_ends_with_its_schedule(
+    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """22 images are 6 batches: 27 of them are 4.5 epochs, whatever --num_epochs says."""
+    out, steps = tmp_path / "out", 27 // accumulate + (accumulate > 1) * 2  # 15 updates of 3 to an epoch
+    options = dict(max_train_steps=steps, num_epochs=100, gradient_accumulation_steps=accumulate, save_images_epochs=4)
+    rates: list[float] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            Accelerator, "log", lambda self, values, step: rates.append(values.get("lr", rates and rates[-1]))
+        )
+        done = recorded(train_ldm, monkeypatch, flags(material, out, checkpointing_steps=7, **options))
+    summary = summary_of(out)
+    assert summary["passes_done"] == 5 and summary["passes_total"] == (4.5 if accumulate == 1 else 5)
+    assert summary["iterations_full"] == (27 if accumulate == 1 else 30)
+    assert summary["saved_ratio"] > 0 and [rate for rate in rates if rate is not None][-1] == 0
+    assert len(done) == summary["iterations"] < summary["iterations_full"]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["0004.png", "0005.png"]
+    for checkpoint in train_ldm.checkpoints(out)[1:]:
+        shutil.rmtree(checkpoint)
+    options["resume_from_checkpoint"] = "latest"
+    more = {**options, "max_train_steps": steps + 1}
+    assert re.search(
+        rf"of a training of {steps} .*this one has {steps + 1}", refusal(train_ldm, flags(material, out, **more))
+    )
+    forget_accelerators()
+    rest = recorded(train_ldm, monkeypatch, flags(material, out, **options))
+    assert rest == done[len(done) - len(rest) :] and 0 < len(rest) < len(done)
+
+
+def test_batches_of_another_size_take_other_steps_for_the_same_training(
+    train_ldm: ModuleType, material: Path, tmp_path: Path
+) -> None:
+    train_ldm.main(flags(material, tmp_path, max_train_steps=27, checkpointing_steps=7))
+    for checkpoint in train_ldm.checkpoints(tmp_path)[1:]:
+        shutil.rmtree(checkpoint)
+    options = dict(resume_from_checkpoint="latest", train_batch_size=2)
+    message = refusal(train_ldm, flags(material, tmp_path, max_train_steps=27, **options))
+    assert "of a training of 27 steps, 6 to an epoch, this one has 27, 11 to an epoch" in message
+    assert "use max_train_steps=50" in message
+    forget_accelerators()
+    train_ldm.main(flags(material, tmp_path, max_train_steps=50, **options))
+    assert summary_of(tmp_path)["passes_done"] == 5
 
 
 # ---- kills and processes ---------------------------------------------------------------------------------------
@@ -537,6 +584,24 @@ def test_a_checkpoint_that_was_cut_short_is_none(
 def test_a_finished_training_is_left_alone(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
     train_ldm.main(flags(material, tmp_path, num_epochs=1))
     assert "holds a finished training" in refusal(train_ldm, flags(material, tmp_path))
+
+
+def test_controls_of_a_training_in_steps_are_as_long(tools: None) -> None:
+    pytest.importorskip("rich")
+    import compare_ldm
+    from _arms import random_ratio
+
+    summary = dict(num_samples=22, passes_total=4.5, visits=70, visits_full=99, prune_ratio=0.5, delta=0.875)
+    args = compare_ldm.parse_options(
+        ["--train_data_dir=x", "--vae=x", "--output_dir=x", "--unet_config={}", "--max_train_steps=27"]
+    )
+    assert compare_ldm.shortened(args, summary) == ["--max_train_steps", "19"]
+    args.max_train_steps = None
+    assert compare_ldm.shortened(args, summary) == ["--num_epochs", "3"]
+    schedule = compare_ldm.passes_of(summary)
+    assert schedule.num_passes == 5 and schedule.full_visits(4) == 11
+    assert random_ratio(schedule, summary) == pytest.approx(29 / 88)  # the last pass starts after delta
+    assert compare_ldm.passes_of({**summary, "passes_total": 5}).full_visits(4) == 22
 
 
 # ---- the comparison ----------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""What a run says on the console: one line for each pass and one at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+logger = logging.getLogger("infobatch_mm")
+
+
+def say(line: str) -> None:
+    """Log a line at level INFO; print it to stderr where a script has not set logging up, which would swallow it.
+
+    ``logging.getLogger("infobatch_mm").setLevel("WARNING")`` silences it in both cases.
+    """
+    if logger.hasHandlers():
+        logger.info(line)
+    elif logger.level <= logging.INFO:
+        print(line, file=sys.stderr)
+
+
+def pass_line(pruner: Pruner) -> str:
+    """What the last finished pass visited, what is saved so far, and what gave no scores."""
+    entry = pruner.history[-1]
+    line = (
+        f"InfoBatch pass {entry['pass'] + 1} of {pruner.schedule.num_passes} done: kept {entry['kept_ratio']:.1%}, "
+        f"saved so far {pruner.saved_ratio:.1%}"
+    )
+    return "; ".join([line, *_unusable(entry, pruner)])
+
+
+def _unusable(entry: dict[str, Any], pruner: Pruner) -> list[str]:
+    store, found = pruner.store, []
+    if entry["skipped"]:
+        found.append(f"{_count(entry['skipped'], 'visit')} skipped")
+    if store.num_nonfinite:
+        found.append(f"{_count(store.num_nonfinite, 'visit')} so far with a NaN or infinite loss")
+    if store.num_invalid:
+        found.append(f"{_count(store.num_invalid, 'visit')} so far without a valid pixel or of a replaced sample")
+    if pruner.store.num_unscored:
+        found.append(f"{_count(pruner.store.num_unscored, 'sample')} without a score")
+    return found
+
+
+def end_line(pruner: Pruner, wall_time_s: float | None = None) -> str:
+    """What the whole run visited, and what it saved."""
+    time = "" if wall_time_s is None else f", {wall_time_s:,.0f} s"
+    return (
+        f"InfoBatch: {_count(pruner.visits, 'visit')} in place of {pruner.visits_full:,}, {pruner.saved_ratio:.1%} "
+        f"saved, in {_count(pruner.pass_index, 'pass', 'passes')}{time}"
+    )
+
+
+def unscored_line(pruner: Pruner) -> str | None:
+    """A warning where at least a tenth of the samples gave no score and so are never pruned; None elsewhere."""
+    without, num_samples = pruner.store.num_unscored, pruner.schedule.num_samples
+    if 10 * without < num_samples:
+        return None
+    return (
+        f"InfoBatch: {without} of {num_samples} samples have no score and are never pruned: they were visited, but had "
+        "no valid pixel, were replaced by another, or their loss was not finite; take them out of the data set to save "
+        "their visits"
+    )
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,120 @@
+"""What a run says and leaves behind: lines in the log, scalars, summary and scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.dist import master_only
+
+from ..core import NoPruning, Pruner, RandomPolicy, console
+from ..core.score_file import write_scores
+from ..core.short_runs import short_run_line
+from ..core.summary import write_summary
+from .loader import IndexedLoader
+from .sample_names import names_in_chunks
+
+# Passes that are logged, evenly spread: of twenty images, a long training makes thousands.
+_MOST_LINES = 200
+
+
+class Books:
+    """Tells a run's log and visualizer, and keeps its time.
+
+    Attributes:
+        time_before (float): Seconds of wall time before this life of the run.
+    """
+
+    def __init__(self) -> None:
+        self.time_before = 0.0
+        self._started = time.perf_counter()
+        self._has_said_nothing_pruned = self._has_said_unscored = False
+
+    def start_clock(self) -> None:
+        """Begin to count the time of this life of the run."""
+        self._started = time.perf_counter()
+
+    @property
+    def wall_time(self) -> float:
+        """Seconds of wall time, with those of the lives before."""
+        return self.time_before + time.perf_counter() - self._started
+
+    def begin(self, runner: Any, pruner: Pruner, loader: IndexedLoader) -> None:
+        """Say what a run is about to do, before it trains."""
+        log, schedule = runner.logger, pruner.schedule
+        settings = ", ".join(f"{key} {value}" for key, value in pruner.policy.settings().items())
+        log.info(f"InfoBatch: {settings}, {schedule.num_samples} samples")
+        if loader.units.message:
+            log.info(loader.units.message)
+        if schedule.num_passes > _MOST_LINES:
+            log.info(f"InfoBatch: one in {self._every(pruner)} of {schedule.num_passes:,} passes is logged")
+        if line := short_run_line(pruner):
+            log.warning(line)
+
+    def begin_pass(self, runner: Any, pruner: Pruner) -> None:
+        """Say where a pass goes on that was interrupted, and, once, that nothing could be pruned."""
+        plan = pruner.plan
+        assert plan is not None
+        if pruner.visited:
+            runner.logger.info(
+                f"InfoBatch: goes on in pass {pruner.pass_index + 1} of {pruner.schedule.num_passes}, after "
+                f"{pruner.visited} of its {len(plan)} visits"
+            )
+        if self._has_said_nothing_pruned or plan.pruned or not pruner.is_active or not pruner.store.seen.any():
+            return
+        self._has_said_nothing_pruned = True
+        runner.logger.warning(
+            f"InfoBatch: nothing could be pruned in pass {pruner.pass_index + 1}, so it visits every sample: all "
+            "scores are alike, or fewer samples lie below the mean than one global batch holds"
+        )
+
+    def end_pass(self, runner: Any, pruner: Pruner, step: int) -> None:
+        """Log a finished pass.
+
+        Args:
+            runner (Runner): The run.
+            pruner (Pruner): Has booked the pass.
+            step (int): The iteration at which its scalars are logged.
+        """
+        runner.visualizer.add_scalars(pruner.scalars(), step=step)
+        if not self._has_said_unscored and not isinstance(pruner.policy, (NoPruning, RandomPolicy)):  # which need none
+            unscored = console.unscored_line(pruner)
+            if unscored:
+                self._has_said_unscored = True
+                runner.logger.warning(unscored)
+        done = pruner.pass_index
+        if done == 1 or pruner.finished or done % self._every(pruner) == 0:
+            runner.logger.info(console.pass_line(pruner))
+
+    @staticmethod
+    def _every(pruner: Pruner) -> int:
+        return math.ceil(pruner.schedule.num_passes / _MOST_LINES)
+
+    @master_only
+    def write_summary(self, runner: Any, pruner: Pruner) -> None:
+        """Write ``infobatch_summary.json``."""
+        summary = pruner.summary(
+            iterations=getattr(runner.train_loop, "_iter", 0),
+            iterations_full=pruner.schedule.total_steps,
+            wall_time_s=round(self.wall_time, 3),
+        )
+        _warn_on_failure(runner, lambda: write_summary(runner.work_dir, summary))
+
+    @master_only
+    def end(self, runner: Any, pruner: Pruner) -> None:
+        """Write summary and scores, and say what was saved."""
+        self.write_summary(runner, pruner)
+        loader = runner.train_dataloader
+        names = names_in_chunks(loader.host_dataset, length=pruner.store.num_samples)
+        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner.store, names))
+        runner.logger.info(console.end_line(pruner, self.wall_time))
+
+
+def _warn_on_failure(runner: Any, write: Callable[[], object]) -> None:
+    """A full disk must not end a training."""
+    try:
+        write()
+    except OSError as error:
+        runner.logger.warning(f"InfoBatch: could not write to {runner.work_dir}: {error}")
