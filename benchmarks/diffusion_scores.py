@@ -32,10 +32,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from infobatch_mm.core import ScoreStore, read_scores
-from infobatch_mm.core.noise_levels import NoiseLevels
-from infobatch_mm.core.ranking import SCORES
 from infobatch_mm.diffusion.denoising import Denoising, draw, in_part, log_snr
 from infobatch_mm.diffusion.latents import CachedLatents
+from infobatch_mm.scores import SCORES
+from infobatch_mm.scores.noise_levels import NoiseLevels
 
 #: A seed that no training has.
 SEED = 2**30

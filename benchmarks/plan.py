@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from infobatch_mm.core import InfoBatchPolicy
+from infobatch_mm.policies import InfoBatchPolicy
 
 
 def main() -> None:

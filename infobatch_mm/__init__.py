@@ -1,7 +1,9 @@
 """Train on fewer samples with no loss of quality: unbiased dynamic data pruning."""
 
-from .core import InfoBatchPolicy, NoPruning, Plan, PruningPolicy, keeps_order, register_policy
+from . import scores as _scores  # noqa: F401 - known by their names from here on
+from .core import Plan, PruningPolicy, Snapshot, Thinning, keeps_order, register_policy
 from .loop import InfoBatch
+from .policies import InfoBatchPolicy, NoPruning, RandomPolicy
 from .version import __version__
 
 __all__ = [
@@ -10,6 +12,9 @@ __all__ = [
     "NoPruning",
     "Plan",
     "PruningPolicy",
+    "RandomPolicy",
+    "Snapshot",
+    "Thinning",
     "__version__",
     "keeps_order",
     "register_policy",

@@ -100,6 +100,23 @@ def test_the_policy_of_your_own_is_found_in_every_form(monkeypatch: pytest.Monke
         assert [entry["kept"] for entry in infobatch.summary()["per_pass"]] == [70] * 4
 
 
+def test_the_policy_of_chances_prunes():
+    from infobatch_mm import InfoBatch, Thinning
+    from infobatch_mm.core import AnnealedPolicy
+
+    text = (ROOT / "docs/usage.md").read_text()
+    block = re.search(r"```python\n(class BelowMedian.*?)```", text, re.DOTALL)[1]
+    names: dict[str, Any] = dict(AnnealedPolicy=AnnealedPolicy, Thinning=Thinning)
+    exec(block, names)
+    infobatch = InfoBatch(40, 8, policy=names["BelowMedian"](0.5, 1.0), batch_size=4)
+    loader = infobatch.loader(list(range(40)))
+    for _ in range(8):
+        for index, _ in loader:
+            infobatch.weigh(index.float(), index)
+    assert infobatch.summary()["saved_ratio"] > 0.1
+    assert infobatch.summary()["policy"] == "below_median"
+
+
 def test_the_lines_with_accelerate_run(tmp_path: Path):
     accelerate = pytest.importorskip("accelerate")
     model = torch.nn.Linear(4, 2)

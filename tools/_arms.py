@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infobatch_mm.core import InfoBatchPolicy, Schedule
+from infobatch_mm.core import Schedule
+from infobatch_mm.policies import InfoBatchPolicy
 
 #: What runs are compared by where the user does not say: the first that the log has. The hosts log percents.
 METRICS = ("mIoU", "accuracy/top1")

@@ -12,8 +12,8 @@ import yaml
 from _images import add_data_arguments
 from diffusers.optimization import SchedulerType
 
-from infobatch_mm.core.ranking import SCORES
 from infobatch_mm.diffusion.denoising import PREDICTION_TYPES
+from infobatch_mm.scores import SCORES
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:

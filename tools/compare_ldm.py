@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 
 from infobatch_mm.core import EpochSchedule
-from infobatch_mm.core.ranking import SCORES
 from infobatch_mm.core.summary import differences
+from infobatch_mm.scores import SCORES
 
 METRIC = "held_out_loss"
 #: An output folder for options that are only looked at.

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from infobatch_mm.core import build_policy
-from infobatch_mm.core.ranking import resolve_score
+from infobatch_mm.core.score_rule import build_score
 from infobatch_mm.core.summary import differences
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 from infobatch_mm.diffusion.denoising import Denoising, Draws, draw, held_out_loss, log_snr
@@ -75,7 +75,7 @@ def train(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
     # What is out of range is refused before anything is read.
     policy = build_policy(args.policy, args.prune_ratio, args.delta, args.prune_quantile)
-    resolve_score(args.score, args.score_ema)
+    build_score(args.score, args.score_ema)
     noise_scheduler = DDPMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,

@@ -2,27 +2,26 @@
 
 from .collate import keeps_order
 from .plan import Plan, full_plan, thinned_plan
-from .policies import AnnealedPolicy, InfoBatchPolicy, NoPruning, PruningPolicy, RandomPolicy
+from .policy import AnnealedPolicy, PruningPolicy, Snapshot, Thinning
 from .policy_registry import build_policy, register_policy
 from .pruner import Pruner
 from .sampler import PlanSampler
 from .schedule import EpochSchedule, IterSchedule, Schedule
 from .score_file import read_scores
-from .scores import ScoreStore
+from .store import ScoreStore
 
 __all__ = [
     "AnnealedPolicy",
     "EpochSchedule",
-    "InfoBatchPolicy",
     "IterSchedule",
-    "NoPruning",
     "Plan",
     "PlanSampler",
     "Pruner",
     "PruningPolicy",
-    "RandomPolicy",
     "Schedule",
     "ScoreStore",
+    "Snapshot",
+    "Thinning",
     "build_policy",
     "full_plan",
     "keeps_order",

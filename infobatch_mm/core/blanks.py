@@ -9,8 +9,10 @@ random order: a batch is a random part of the plan.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 
+@lru_cache(maxsize=64)
 def blank_factor(num_samples: int, num_blank: int, visits: int, blank_visits: int, batch: int) -> float:
     """What a pruned pass must scale gradients by where losses are divided by the valid samples of their batch.
 

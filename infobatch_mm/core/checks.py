@@ -41,8 +41,11 @@ def whole_number(name: str, value: Any, at_least: int, meaning: str) -> int:
     """
     number = plain(value)
     if isinstance(number, bool) or not hasattr(type(number), "__index__"):
+        if hasattr(number, "__len__") and not isinstance(number, str):
+            raise ValueError(f"{name}={type(value).__name__}(...) is not a whole number: give its length, len(...)")
         quoted = isinstance(number, str) and number.strip().lstrip("+-").isdecimal()
-        hint = " but text, leave out the quotes" if quoted else ""
+        whole = isinstance(number, float) and number.is_integer()
+        hint = " but text, leave out the quotes" if quoted else f" but a float, write {int(number)}" if whole else ""
         raise ValueError(f"{name}={value!r} is not a whole number{hint}: {meaning}")
     number = operator.index(number)
     if number < at_least:
@@ -91,7 +94,14 @@ def checked_index(losses: Tensor, index: Any) -> Tensor:
     # A list of numbers lies where the data set's own indices do, whatever the default device is.
     index = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
     if index.shape != losses.shape:
-        raise ValueError(f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}")
+        found = f"{losses.numel()} losses but {index.numel()} sample indices of shape {tuple(index.shape)}"
+        if index.dim() == 1 and 0 < len(index) < len(losses) and len(losses) % len(index) == 0:
+            raise ValueError(
+                f"{found}: for views of each sample repeat the index, weigh(losses, index.repeat"
+                f"({len(losses) // len(index)})); of rows that are no samples, as with prior preservation, weigh the "
+                f"first part alone, weigh(losses[:{len(index)}], index) + losses[{len(index)}:].mean()"
+            )
+        raise ValueError(found)
     if index.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"sample indices must be integers, got {index.dtype}: floats round large indices")
     return index.to(torch.int64)

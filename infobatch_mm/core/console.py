@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("infobatch_mm")
 
 
-def say(line: str) -> None:
-    """Log a line at level INFO; print it to stderr where a script has not set logging up, which would swallow it.
+def say(line: str, level: int = logging.INFO) -> None:
+    """Log a line, at level INFO unless told otherwise; print it to stderr where a script has not set logging up.
 
     ``logging.getLogger("infobatch_mm").setLevel("WARNING")`` silences it in both cases.
     """
     if logger.hasHandlers():
-        logger.info(line)
-    elif logger.level <= logging.INFO:
+        logger.log(level, line)
+    elif logger.level <= level:
         print(line, file=sys.stderr)
 
 
@@ -49,9 +49,10 @@ def _unusable(entry: dict[str, Any], pruner: Pruner) -> list[str]:
 def end_line(pruner: Pruner, wall_time_s: float | None = None) -> str:
     """What the whole run visited, and what it saved."""
     time = "" if wall_time_s is None else f", {wall_time_s:,.0f} s"
+    skipped = f" and {pruner.visits_skipped:,} skipped" if pruner.visits_skipped else ""
     return (
-        f"InfoBatch: {_count(pruner.visits, 'visit')} in place of {pruner.visits_full:,}, {pruner.saved_ratio:.1%} "
-        f"saved, in {_count(pruner.pass_index, 'pass', 'passes')}{time}"
+        f"InfoBatch: {_count(pruner.visits, 'visit')}{skipped} in place of {pruner.visits_full:,}, "
+        f"{pruner.saved_ratio:.1%} saved, in {_count(pruner.pass_index, 'pass', 'passes')}{time}"
     )
 
 

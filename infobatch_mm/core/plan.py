@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,12 +21,14 @@ class Plan:
         pruned (bool): Whether the policy left samples out. A full pass is not pruned, even where the
             host's ``drop_last`` leaves a remainder unvisited.
         threshold (float, optional): Score below which a sample counts as well learned in this pass.
+        blanks (tuple[int, int]): Samples without a valid pixel when it was drawn, in the data set and among its visits.
     """
 
     indices: Tensor
     weights: Tensor
     pruned: bool
     threshold: float | None = None
+    blanks: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -69,12 +71,12 @@ class Plan:
         """The plan cut after its first ``visits`` visits; a random part of it, as plans are shuffled."""
         if visits >= len(self):
             return self
-        return Plan(self.indices[:visits].clone(), self.weights[:visits].clone(), self.pruned, self.threshold)
+        return replace(self, indices=self.indices[:visits].clone(), weights=self.weights[:visits].clone())
 
     def sorted(self) -> Plan:
         """The same visits in the order of the data set."""
         order = self.indices.argsort()
-        return Plan(self.indices[order], self.weights[order], self.pruned, self.threshold)
+        return replace(self, indices=self.indices[order], weights=self.weights[order])
 
 
 def full_plan(num_samples: int, generator: torch.Generator) -> Plan:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from .plan import Plan
-from .policies import InfoBatchPolicy, NoPruning, PruningPolicy, RandomPolicy
+from .policy import PruningPolicy, check_delta, check_ratio
 
 P = TypeVar("P", bound=type[PruningPolicy])
 
-_POLICIES: dict[str, type[PruningPolicy]] = {p.name: p for p in (InfoBatchPolicy, RandomPolicy, NoPruning)}
+_POLICIES: dict[str, type[PruningPolicy]] = {}
 
 
 def register_policy(policy: P) -> P:
@@ -46,8 +41,7 @@ def register_policy(policy: P) -> P:
     """
     if not isinstance(policy, type) or not issubclass(policy, PruningPolicy):
         raise ValueError(f"register_policy takes a subclass of PruningPolicy, got {policy!r}")
-    if inspect.isabstract(policy):
-        lacking = ", ".join(sorted(policy.__abstractmethods__))
+    if lacking := _lacking(policy):
         raise ValueError(f"{policy.__qualname__} is abstract: it lacks {lacking}")
     name = _checked_name(policy)
     there = _POLICIES.get(name, policy)
@@ -57,8 +51,13 @@ def register_policy(policy: P) -> P:
     return policy
 
 
+def registered() -> dict[str, type[PruningPolicy]]:
+    """All policies by name, also users' own."""
+    return dict(_POLICIES)
+
+
 def build_policy(
-    policy: str | Mapping[str, Any] | PruningPolicy = InfoBatchPolicy.name,
+    policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
     prune_ratio: float = 0.5,
     delta: float = 0.875,
     quantile: float | None = None,
@@ -69,9 +68,9 @@ def build_policy(
         policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'`` or the name of a registered one;
             ``dict(type=name, ...)`` with arguments of its own; or an instance. In place of the name, also a class or
             where it can be imported from, ``'module.Class'``. Defaults to ``'infobatch'``.
-        prune_ratio (float): r in [0, 1), for policies that take it; see :class:`AnnealedPolicy`. Defaults to 0.5.
-        delta (float): In (0, 1], for policies that take it; see :class:`AnnealedPolicy`. Defaults to 0.875.
-        quantile (float, optional): Of ``'infobatch'``; see :class:`InfoBatchPolicy`. Not looked at by the others.
+        prune_ratio (float): r in [0, 1), for policies that take it; see :class:`.AnnealedPolicy`. Defaults to 0.5.
+        delta (float): In (0, 1], for policies that take it; see :class:`.AnnealedPolicy`. Defaults to 0.875.
+        quantile (float, optional): Of ``'infobatch'``; see :class:`.InfoBatchPolicy`. Not looked at by the others.
 
     Returns:
         PruningPolicy: The policy.
@@ -80,7 +79,8 @@ def build_policy(
         ValueError: For an unknown name or argument, an argument out of range, something that is no policy, or a policy
             whose name or settings cannot be written down.
     """
-    InfoBatchPolicy(prune_ratio, delta, quantile)  # arguments out of range are refused whatever the policy
+    check_ratio(prune_ratio)  # arguments out of range are refused whatever the policy
+    check_delta(delta)
     if isinstance(policy, PruningPolicy):
         return _checked(policy)
     if isinstance(policy, type) and issubclass(policy, PruningPolicy):
@@ -120,76 +120,14 @@ def build_policy(
     arguments = {**taken, **given}
     if missing := [key for key, each in parameters.items() if each.default is each.empty and key not in arguments]:
         raise ValueError(f"policy {name!r} needs {missing[0]}: use dict(type={name!r}, {missing[0]}=...)")
+    if lacking := _lacking(cls):
+        raise ValueError(f"policy {name!r} ({cls.__qualname__}) is abstract: it lacks {lacking}")
     try:
         built = cls(**arguments)
     except TypeError as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise ValueError(f"policy {name!r} cannot be made by {cls.__qualname__}({shown}): {error}") from error
     return _checked(built)
-
-
-def check_drawn(plan: Any, policy: PruningPolicy, num_samples: int, multiple_of: int) -> None:
-    """Refuse a plan that a policy of a user's own draws wrongly. Ours are right by construction, and pay nothing.
-
-    Args:
-        plan: What :meth:`PruningPolicy.draw` returned.
-        policy (PruningPolicy): Whose.
-        num_samples (int): Size N of the data set.
-        multiple_of (int): What the number of visits of a pruned pass must be a multiple of.
-
-    Raises:
-        ValueError: With the policy, what was found, and what was expected.
-    """
-    if plan is None or is_ours(policy):
-        return
-    if (fault := _fault(plan, num_samples, multiple_of)) is not None:
-        raise ValueError(
-            f"policy {policy.name!r} ({type(policy).__qualname__}) drew a plan that cannot be walked: {fault}"
-        )
-
-
-def _fault(plan: Any, num_samples: int, multiple_of: int) -> str | None:
-    if not isinstance(plan, Plan):
-        return f"draw() returned a {type(plan).__name__}, expected a Plan or None"
-    indices, weights, threshold = plan.indices, plan.weights, plan.threshold
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1 or not len(indices):
-        return f"expected int64 sample indices of shape (K,), at least one, got {_described(indices)}"
-    if not isinstance(weights, Tensor) or weights.dtype != torch.float32 or weights.shape != indices.shape:
-        return f"expected float32 weights of shape {tuple(indices.shape)}, got {_described(weights)}"
-    for tensor in (indices, weights):
-        if tensor.device.type != "cpu" or tensor.requires_grad:
-            return f"expected tensors on the CPU, without a gradient, got {_described(tensor)}"
-    if not isinstance(plan.pruned, bool):
-        return f"pruned={plan.pruned!r}, expected True or False"
-    # It is written to checkpoints and, as JSON, to the summary.
-    if threshold is not None and (type(threshold) not in (int, float) or not math.isfinite(threshold)):
-        return f"threshold={threshold!r}, expected a finite float of Python's or None"
-    outside = (indices < 0) | (indices >= num_samples)
-    if bool(outside.any()):
-        return f"sample index {int(indices[outside][0])} is outside the data set of {num_samples} samples"
-    visits = torch.bincount(indices, minlength=num_samples)
-    if bool((visits > 1).any()):
-        return f"sample {int(visits.argmax())} is visited {int(visits.max())} times, expected once at most"
-    unusable = ~(torch.isfinite(weights) & (weights > 0))
-    if bool(unusable.any()):
-        return f"sample {int(indices[unusable][0])} weighs {float(weights[unusable][0])}, expected a positive number"
-    if plan.pruned and len(indices) % multiple_of:
-        return f"{len(indices)} visits do not make full batches of {multiple_of} (multiple_of)"
-    # A host makes as many steps of a full pass as its own sampler would, and losses that do not separate over samples
-    # are the host's own there.
-    if not plan.pruned and len(indices) < num_samples:
-        return f"{len(indices)} of {num_samples} samples are visited, but pruned=False"
-    if not plan.pruned and bool((weighed := weights != 1).any()):
-        where = int(weighed.nonzero()[0])
-        return f"sample {int(indices[where])} weighs {float(weights[where])} in a plan with pruned=False, expected 1"
-    return None
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    where = "" if value.device.type == "cpu" else f" on {value.device}"
-    return f"{value.dtype} of shape {tuple(value.shape)}{where}{' with a gradient' if value.requires_grad else ''}"
 
 
 def is_ours(policy: PruningPolicy) -> bool:
@@ -219,6 +157,14 @@ def _checked(policy: PruningPolicy) -> PruningPolicy:
             "give numbers, texts, lists and dicts of Python's"
         ) from None
     return policy
+
+
+def _lacking(policy: type[PruningPolicy]) -> str:
+    """Methods that a policy has yet to write; '' where there are none."""
+    lacking = sorted(getattr(policy, "__abstractmethods__", ()))
+    if policy.draw is PruningPolicy.draw and policy.chances is PruningPolicy.chances:
+        lacking.append("chances, or draw")
+    return ", ".join(lacking)
 
 
 def _checked_name(policy: type[PruningPolicy]) -> str:

@@ -78,6 +78,10 @@ class Schedule(ABC):
     def full_visits(self, pass_index: int) -> int:
         """Visits that the unpruned run makes in the span of a pass."""
 
+    @abstractmethod
+    def full_visits_before(self, pass_index: int) -> int:
+        """Visits that the unpruned run makes before a pass: the sum over the passes before it."""
+
     def plan_visits(self, pass_index: int) -> int:
         """Visits that a plan of a pass is drawn for: where a resumed run has others, the pass is drawn again."""
         return self.full_visits(pass_index)
@@ -170,6 +174,11 @@ class EpochSchedule(Schedule):
             return min(self._epoch_visits, self._last_batches * self.batch_size)
         return self._epoch_visits
 
+    def full_visits_before(self, pass_index: int) -> int:
+        # A pass beyond the schedule is a whole one.
+        partial = self._epoch_visits - self.full_visits(self.num_passes - 1) if pass_index >= self.num_passes else 0
+        return pass_index * self._epoch_visits - partial
+
     def plan_visits(self, pass_index: int) -> int:
         # What drop_last leaves out is in the plan.
         return self.full_visits(pass_index) if self._is_partial(pass_index) else self.num_samples
@@ -226,3 +235,6 @@ class IterSchedule(Schedule):
 
     def full_visits(self, pass_index: int) -> int:
         return self.start(pass_index + 1) - self.start(pass_index)
+
+    def full_visits_before(self, pass_index: int) -> int:
+        return self.start(pass_index)

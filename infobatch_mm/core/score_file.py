@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .scores import ScoreStore
+from .store import ScoreStore
 
 #: Where the scores are: in Parquet where pyarrow is installed, else in numpy's own format.
 SCORES_FILES = ("infobatch_scores.parquet", "infobatch_scores.npz")

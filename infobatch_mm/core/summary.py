@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .score_file import write_scores
+from .store import ScoreStore
 
 SUMMARY_FILE = "infobatch_summary.json"
 
@@ -46,3 +50,25 @@ def check_summary(work_dir: str, summary: dict[str, Any]) -> None:
                 f"cannot resume: {path} belongs to a run with {key}={found[key]!r}, this run has "
                 f"{key}={summary[key]!r}; use its settings, or another directory"
             )
+
+
+def write_run(
+    output_dir: str | os.PathLike[str],
+    summary: dict[str, Any],
+    store: ScoreStore,
+    names: Sequence[str] | Iterable[Sequence[str]] | None = None,
+) -> None:
+    """Write the summary and the scores of a run; a full disk must not end a training, and only warns.
+
+    Args:
+        output_dir (str | PathLike): Where to; made if it is not there.
+        summary (dict): See :func:`write_summary`.
+        store (ScoreStore): See :func:`.write_scores`.
+        names (Sequence[str] | Iterable[Sequence[str]], optional): See :func:`.write_scores`.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        write_summary(str(output_dir), summary)
+        write_scores(str(output_dir), store, names)
+    except OSError as error:
+        warnings.warn(f"InfoBatch could not write to {output_dir}: {error}", stacklevel=3)

@@ -1,12 +1,5 @@
-"""Pruned training on accelerate and diffusers."""
+"""Latent diffusion: images, first stages, latents, denoising losses, evaluation."""
 
-try:
-    import accelerate  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "infobatch_mm.diffusion needs accelerate: pip install 'infobatch_mm[diffusers]', or any accelerate from 1.0 on"
-    ) from error
-
-from .accelerated import AcceleratedInfoBatch
+from ..accelerated import AcceleratedInfoBatch  # where scripts have always found it
 
 __all__ = ["AcceleratedInfoBatch"]

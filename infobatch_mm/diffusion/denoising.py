@@ -97,9 +97,25 @@ def log_snr(scheduler: Any, timesteps: Tensor) -> Tensor:
     Returns:
         Tensor: Shape ``(B,)``, float32, on the timesteps' device: log(alpha_bar / (1 - alpha_bar)), or
         2 log((1 - sigma) / sigma); infinite where there is nothing but the image, or nothing but noise.
+
+    Raises:
+        ValueError: For a scheduler of another kind, or timesteps that are not the scheduler's.
     """
+    name = type(scheduler).__name__
+    if isinstance(scheduler, Tensor) or not isinstance(timesteps, Tensor):
+        raise ValueError(f"log_snr({name}, {type(timesteps).__name__}): give it the scheduler, then the timesteps")
     if hasattr(scheduler, "alphas_cumprod"):
+        if timesteps.is_floating_point():
+            raise ValueError(
+                f"{name} with timesteps in {timesteps.dtype}: give it the whole timesteps that the noise was drawn "
+                "for, or, where noise levels are sigmas, pass log_snr=-2 * sigma.log() to weigh() yourself"
+            )
         return compute_snr(scheduler, timesteps).log().float()
+    if "FlowMatch" not in name:
+        raise ValueError(
+            f"{name} has no alphas_cumprod and is none of flow matching, so that its noise levels are not known here: "
+            "pass log_snr to weigh() yourself, -2 * sigma.log() where images have variance 1"
+        )
     # (T - t) / t in place of (1 - sigma) / sigma: exact enough in float32, which all devices have.
     noisy = timesteps.float()
     return 2 * torch.log((scheduler.config.num_train_timesteps - noisy) / noisy)

@@ -9,10 +9,11 @@ from typing import Any
 
 from mmengine.dist import master_only
 
-from ..core import NoPruning, Pruner, RandomPolicy, console
+from ..core import Pruner, console
 from ..core.score_file import write_scores
 from ..core.short_runs import short_run_line
 from ..core.summary import write_summary
+from ..policies import NoPruning, RandomPolicy
 from .loader import IndexedLoader
 from .sample_names import names_in_chunks
 

@@ -14,7 +14,7 @@ from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import find_latest_checkpoint
 
-from ..core.pruner import damaged
+from ..core.state import damaged
 
 _UNFINISHED = ".unfinished"
 # Checkpoints of save_best hold no optimizer, published ones (their name ends in a hash) nothing but weights.

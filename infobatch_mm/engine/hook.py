@@ -16,12 +16,13 @@ from mmengine.runner import BaseLoop
 from mmengine.utils import apply_to
 from torch import Tensor
 
-from ..core import NoPruning, Pruner, PruningPolicy, build_policy, rng
+from ..core import Pruner, PruningPolicy, build_policy, rng
 from ..core.devices import moved
 from ..core.distributed import require_equal
-from ..core.ranking import check_score_ema
+from ..core.score_rule import check_score_ema
 from ..core.summary import check_summary
 from ..losses import AttachedViews, LossWeigher, attach_views
+from ..policies import NoPruning
 from . import process_state
 from .books import Books
 from .checkpoints import CheckpointGuard, check_resume_point, check_state
@@ -139,16 +140,7 @@ class InfoBatchHook(Hook):
             self._undo.append(self._views.restore)
             loop, loader = self._take(runner, loop, policy)
             self._pruner = pruner = self._make_pruner(runner, loop, loader, policy)
-        require_equal(
-            num_samples=pruner.schedule.num_samples,
-            sample_names=pruner.fingerprint,
-            batch_size=pruner.schedule.batch_size,
-            seed=pruner.seed,
-            num_repeats=self._num_repeats,
-            score_ema=self._score_ema,
-            **policy.settings(),
-            **pruner.schedule.settings(),
-        )
+        require_equal(num_repeats=self._num_repeats, **pruner.identity())
         if isinstance(loader.sampler, InfoBatchSampler):
             loader.sampler.bind(pruner)
             loop.pruner = pruner

@@ -17,11 +17,10 @@ from ..core.devices import moved
 from ..core.distributed import Group, rank, require_equal, world_size
 from ..core.loader import IndexedItems
 from ..core.meeting import PATIENCE_S
-from ..core.policies import PruningPolicy
+from ..core.policy import PruningPolicy
 from ..core.policy_registry import build_policy
 from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
-from ..core.scores import checked_level
 from ..core.short_runs import short_run_line
 from ..core.weights import weighted_mean
 from .loader import PassLoader, check_dataset
@@ -29,10 +28,10 @@ from .passes import Passes
 from .sampler import WalkSampler
 from .scheduler import ProgressScheduler
 from .sizes import Sizes, checked_batch
-from .state import load_state, state_of
+from .standing import Standing
 
 
-class InfoBatch:
+class InfoBatch(Standing):
     """InfoBatch for a training loop of your own.
 
     Skips a share of the samples that the model already knows in each pass and rescales the loss of the others so that
@@ -112,16 +111,7 @@ class InfoBatch:
         self._pruner = Pruner(schedule, chosen, seed, shuffle, fingerprint, item_seed, score_ema, score, process_group)
         length = {"num_epochs": num_epochs, "max_train_steps": max_train_steps}
         self._identity = {**length, "seed": seed, "shuffle": bool(shuffle), "item_seed": bool(item_seed)}
-        require_equal(
-            process_group,
-            num_samples=num_samples,
-            **chosen.settings(),
-            **self._identity,
-            batch_size=batch_size,
-            score=self._pruner.store.score,
-            score_ema=self._pruner.store.score_ema,
-            fingerprint=fingerprint,
-        )
+        require_equal(process_group, **{**self._pruner.identity(), **self._identity, "batch_size": batch_size})
         self._passes = Passes(self._pruner, Sizes(self._pruner, batch_size))
         self._sampler = WalkSampler(self._passes.begin, self._passes.share, self._passes.seeds)
         self._last: tuple[Tensor | None, Tensor] | None = None  # weights and losses of the batch weighed last
@@ -158,8 +148,7 @@ class InfoBatch:
             ValueError: If the data set has another length or no index, the batch size does not fit the global one, or
                 an option chooses the samples.
         """
-        if batch_size is None:
-            batch_size = self._passes.sizes.batch_size or 1
+        batch_size = (self._passes.sizes.batch_size or 1) if batch_size is None else batch_size
         batch_size = whole_number("batch_size", batch_size, 1, "it is the number of samples in a batch of this process")
         return PassLoader(self._passes, dataset, batch_size, drop_last, collate_fn, options)
 
@@ -228,7 +217,8 @@ class InfoBatch:
         """
         index = checked_index(losses, index)
         walk = self._passes.walk_of(index)
-        level = checked_level(log_snr, losses) if self._pruner.store.score == "timestep" else None
+        rule = self._pruner.store.rule
+        level = rule.evidence(losses, log_snr) if rule.defers else None
         weights = moved(walk.weights(index), losses.device)
         scale = walk.tail_scale(index)
         self._passes.sizes.look(walk, index)
@@ -269,34 +259,3 @@ class InfoBatch:
             ValueError: If they have not come by then.
         """
         self._passes.merge(timeout_s)
-
-    # ---- where it stands -----------------------------------------------------------------------------
-
-    @property
-    def passes_done(self) -> int:
-        """Passes that are done; where a loop over epochs goes on after a resume."""
-        is_over = self._passes.locate()  # first: it may book the pass
-        return self._pruner.pass_index + is_over
-
-    def summary(self) -> dict[str, Any]:
-        """Policy, passes, visits, saved share and one entry per pass, as plain numbers.
-
-        On several processes, visits that others skipped since the last :meth:`merge` are not known.
-        """
-        return self._pruner.summary(is_over=self._passes.locate())
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``.
-
-        On several processes call :meth:`merge` on all of them first, then this on one.
-        """
-        return state_of(self._passes, self._identity)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at the next unvisited position of the same plan.
-
-        Raises:
-            ValueError: If the state belongs to another data set, policy, seed or length of training, or to a
-                newer version, or is damaged.
-        """
-        load_state(self._passes, self._identity, state)

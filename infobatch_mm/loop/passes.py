@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 from weakref import WeakSet
 
@@ -10,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.console import end_line, pass_line, say, unscored_line
 from ..core.devices import on_cpu
 from ..core.distributed import gather, rank, world_size
-from ..core.meeting import meet
+from ..core.meeting import Meeting
 from ..core.pruner import Pruner
 from .looks import Looks, one_loss_each
+from .notices import Notices
 from .sizes import Sizes
 from .walk import Walk
 
@@ -46,10 +45,9 @@ class Passes:
         self._before: Walk | None = None  # the walk before, while something that it delivered waits to be weighed
         self._late: list[tuple[Walk, Looks, bool]] = []
         self._skipped_before = 0  # on this process, in the pass in hand, before the walk in hand
-        self._idle = 0
-        self._is_warned_of_skips = self._is_warned_of_again = self._is_warned_of_unscored = False
-        self._again = 0
+        self._notices = Notices()
         self.is_resumed = False
+        self._meeting = Meeting(pruner.group)
         self.schedulers: WeakSet[Any] = WeakSet()  # one that was replaced is not to go on stepping
 
     # ---- walks ----------------------------------------------------------------------------------------
@@ -72,7 +70,7 @@ class Passes:
             )
         last, pruner = self.walk, self.pruner
         self._take_down()
-        self._again = 0
+        self._notices.begin()
         if last is not None and not last.finished:
             if self.is_amid:
                 self.locate()
@@ -82,8 +80,10 @@ class Passes:
                 self.finish()
             else:
                 pruner.visited = min(last.start * self.world, len(last.plan))
-                self._count_idle(last)
+                self._notices.idle(last)
         self._leave()
+        if pruner.finished:
+            self._notices.beyond_the_end(pruner)
         plan, num_samples = pruner.begin_pass(), pruner.schedule.num_samples
         where = (pruner.pass_index, rank(pruner.group), self.world, pruner.visited)
         self.walk = Walk(plan, num_samples, *where, batch, drop_last, in_order)
@@ -91,16 +91,6 @@ class Passes:
         for scheduler in self.schedulers:
             scheduler.begin_pass(min(pruner.pass_index, pruner.schedule.num_passes), last)
         return self.walk
-
-    def _count_idle(self, walk: Walk) -> None:
-        """Say so if a training seems to weigh nothing: it would stay in one pass for ever."""
-        self._idle += walk.spent and walk.batch is None
-        if self._idle == 3:
-            warnings.warn(
-                f"three walks of pass {walk.pass_index} came to their end and nothing of them was weighed, so the pass "
-                "is not done: weigh every batch; where drop_last leaves out the only one, use infobatch.loader()",
-                stacklevel=2,
-            )
 
     @property
     def is_new(self) -> bool:
@@ -155,7 +145,7 @@ class Passes:
 
     def add(self, walk: Walk, index: Tensor, losses: Tensor, level: Tensor | None) -> None:
         """Keep the losses of a call; they are taken down where that waits for nothing."""
-        self._idle = 0
+        self._notices.weighed()
         walk.add(index, losses, level)
         if walk.pending.is_due:
             self._take_down()
@@ -179,25 +169,14 @@ class Passes:
 
     def _record(self, walk: Walk, looks: Looks, filled: bool) -> None:
         pruner = self.pruner
-        samples, counting = one_loss_each(looks, average=pruner.store.score != "timestep")
+        samples, counting = one_loss_each(looks, average=not pruner.store.rule.defers)
         fresh = walk.take_down(samples, filled)
         if not fresh.all():
             counting = counting.at(np.isin(counting.index, samples[fresh]))
         pruner.record(torch.from_numpy(counting.index), counting.losses, log_snr=counting.level)
         if walk.finished:
             pruner.correct(walk.pass_index, int(fresh.sum()))
-            self._count_again(walk, int((~fresh).sum()))
-
-    def _count_again(self, walk: Walk, visits: int) -> None:
-        """Say so if a pass that is over is weighed again: who keeps its batches never begins another."""
-        self._again = visits and self._again + visits
-        if self._again > len(walk) > 0 and not self._is_warned_of_again:
-            self._is_warned_of_again = True
-            warnings.warn(
-                f"batches of pass {walk.pass_index}, which is over, are weighed once more, as by itertools.cycle: walk "
-                "the loader for each pass, otherwise nothing is pruned and no pass is done",
-                stacklevel=4,
-            )
+            self._notices.again(walk, int((~fresh).sum()))
 
     # ---- books ----------------------------------------------------------------------------------------
 
@@ -235,33 +214,15 @@ class Passes:
         passes, counts = zip(*gather((pruner.pass_index, handed_out), pruner.group), strict=True)
         if len(set(passes)) > 1:
             raise ValueError(
-                f"the processes end different passes, {min(passes)} and {max(passes)}: each must walk the loader as "
-                "often as the others, and weigh something in every walk or in none"
+                f"the processes end different passes, {min(passes) + 1} and {max(passes) + 1}: each must walk the "
+                "loader as often as the others, and weigh something in every walk or in none"
             )
         pruner.visited = min(start + sum(counts), len(walk.plan))
         entry = pruner.finish_pass()
         walk.finished = True
         self._skipped_before = 0
         if rank(pruner.group) == 0:
-            self._tell()
-        if entry["skipped"] and not self._is_warned_of_skips and rank(pruner.group) == 0:
-            self._is_warned_of_skips = True
-            again = ", or has the loader been shared out among processes once more, as by accelerator.prepare"
-            warnings.warn(
-                f"{entry['skipped']} visits of pass {entry['pass']} were handed out and not weighed, and are booked as "
-                "skipped (visits_skipped in the summary; this is said once). Were batches left out on purpose"
-                f"{'' if walk.batch else again}?",
-                stacklevel=3,
-            )
-
-    def _tell(self) -> None:
-        pruner = self.pruner
-        say(pass_line(pruner))
-        if pruner.pass_index == pruner.schedule.num_passes:
-            say(end_line(pruner))
-        if not self._is_warned_of_unscored and (line := unscored_line(pruner)):
-            self._is_warned_of_unscored = True
-            warnings.warn(line, stacklevel=4)
+            self._notices.pass_done(pruner, entry, has_our_loader=walk.batch is not None)
 
     def merge(self, timeout_s: float) -> None:
         """Exchange what the processes know; every process must call it. A pass that is over is booked.
@@ -272,7 +233,7 @@ class Passes:
         is_over = self.locate()
         if self.world == 1:
             return
-        meet("infobatch.merge()", self.pruner.group, timeout_s)
+        self._meeting.wait("infobatch.merge()", timeout_s)
         if all(gather(is_over, self.pruner.group)):
             self.finish()
             return

@@ -8,6 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from ..core.checks import whole_number
+from ..core.lengths import length_of
 from ..core.schedule import EpochSchedule
 from .passes import Passes
 from .walk import Walk
@@ -63,6 +64,7 @@ class ProgressScheduler:
                 "a schedule by steps needs to know the batches of a pass: make infobatch.loader() first, or give "
                 "InfoBatch the global batch_size"
             )
+        self._warn_of_length()
 
     def step(self) -> None:
         """Move on to where the progress stands; sometimes by several steps, sometimes by none.
@@ -74,12 +76,28 @@ class ProgressScheduler:
         self._calls += 1
         self._move_to(self._steps_due() if self._interval == "step" else self._passes_due())
 
+    def _warn_of_length(self) -> None:
+        """Say so if it is made for another number of steps than the training makes."""
+        schedule = self._passes.pruner.schedule
+        assert isinstance(schedule, EpochSchedule)
+        if self._interval == "step" and self._passes.sizes.batch_size is not None:
+            total = self._steps_before(schedule.num_passes)
+            length = length_of(self.scheduler)
+            if length is not None and abs(length - total) > schedule.num_passes:
+                warnings.warn(
+                    f"the {type(self.scheduler).__name__} is made for {length} steps, this training makes {total} "
+                    f"({schedule.num_passes} passes): its rate will not be at its end with the training; give both the "
+                    "same length, num_epochs= or max_train_steps=, or say interval='epoch' or every=N where that is "
+                    "how it is stepped",
+                    stacklevel=4,
+                )
+
     def _check_rhythm(self, walk: Walk) -> None:
         """Refuse calls once an epoch where they were to be once a step, and the other way round."""
         if self._interval == "epoch":
             if self._calls != 1:
                 raise ValueError(
-                    f"step() was called {self._calls} times in pass {walk.pass_index}: a schedule with "
+                    f"step() was called {self._calls} times in pass {walk.pass_index + 1}: a schedule with "
                     "interval='epoch' is stepped once, after every epoch from the first on; for one call after each "
                     "optimiser step use interval='step'"
                 )
@@ -87,14 +105,14 @@ class ProgressScheduler:
         batches = walk.weighed // (walk.batch or self._passes.sizes.batch_size or 1)
         if batches >= 4 * self._every and 5 * self._calls * self._every <= 3 * batches:
             raise ValueError(
-                f"step() was called {self._calls} times in pass {walk.pass_index}, in which {batches} batches were "
+                f"step() was called {self._calls} times in pass {walk.pass_index + 1}, in which {batches} batches were "
                 f"weighed: with interval='step' and every={self._every} it is called after each optimiser step, of "
                 f"{self._every} batches; use interval='epoch' for one call after each epoch, or every=N where "
                 "gradients are accumulated over N batches"
             )
         if self._partial and batches % self._every and self._calls == batches // self._every:
             raise ValueError(
-                f"step() was called {self._calls} times in pass {walk.pass_index}, in which {batches} batches were "
+                f"step() was called {self._calls} times in pass {walk.pass_index + 1}, in which {batches} batches were "
                 f"weighed: with every={self._every} the last {batches % self._every} make a step of their own; if your "
                 "loop makes none of them, say infobatch.schedule(..., partial=False)"
             )

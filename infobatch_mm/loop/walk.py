@@ -99,8 +99,8 @@ class Walk:
         """Refuse to go on where another walk has taken the place of this one."""
         if self.stale:
             raise ValueError(
-                f"pass {self.pass_index} is walked by two iterators at once: another one took it over, or a state was "
-                "loaded, in the midst of this one; let one walk end before the next begins, and read what you only "
+                f"pass {self.pass_index + 1} is walked by two iterators at once: another one took it over, or a state "
+                "was loaded, in the midst of this one; let one walk end before the next begins, and read what you only "
                 "look at from a DataLoader of its own"
             )
 
@@ -158,12 +158,12 @@ class Walk:
         status = self._status[index]
         if (status == _LEFT_OUT).any():
             raise ValueError(
-                f"sample index {index[status == _LEFT_OUT][0]} is not part of pass {self.pass_index}: weigh each "
+                f"sample index {index[status == _LEFT_OUT][0]} is not part of pass {self.pass_index + 1}: weigh each "
                 "batch during the pass whose loader handed it out"
             )
         if self.batch is not None and (status == _PLANNED).any():
             raise ValueError(
-                f"sample index {index[status == _PLANNED][0]} was not handed out so far in pass {self.pass_index}: "
+                f"sample index {index[status == _PLANNED][0]} was not handed out so far in pass {self.pass_index + 1}: "
                 "weigh each batch, with the index that came with it, during the pass whose loader handed it out"
             )
 

@@ -21,9 +21,9 @@ from .weigher import LossWeigher
 
 #: Host package of a model class -> module with its ``loss_views(model, weigher, score_auxiliary)``.
 _HOSTS = {
-    "mmseg": "infobatch_mm.losses.mmseg",
-    "mmdet": "infobatch_mm.losses.mmdet",
-    "mmpretrain": "infobatch_mm.losses.mmpretrain",
+    "mmseg": "infobatch_mm.losses.hosts.mmseg",
+    "mmdet": "infobatch_mm.losses.hosts.mmdet",
+    "mmpretrain": "infobatch_mm.losses.hosts.mmpretrain",
 }
 
 

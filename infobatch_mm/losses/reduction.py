@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import BatchedArguments
-from .proof import in_full_precision
+from .dissect.arguments import BatchedArguments
+from .dissect.proof import in_full_precision
+from .dissect.results import losses_in, written
 from .refusals import cannot_be_weighed
-from .results import losses_in, written
 
 REDUCTIONS = ("mean", "sum")
 

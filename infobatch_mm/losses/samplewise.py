@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ..core import rng
 from ..core.devices import moved
 from ..core.distributed import world_size
-from .batch import BatchedArguments, stack_scalars
-from .memory import Memory
-from .proof import check_order, prove_samples_alike
+from .dissect.arguments import BatchedArguments, stack_scalars
+from .dissect.memory import Memory
+from .dissect.proof import check_order, prove_samples_alike
+from .dissect.results import loss_at, losses_in, replace_losses, written
 from .reduction import Reduction
 from .refusals import HOW_TO, cannot_be_weighed
-from .results import loss_at, losses_in, replace_losses, written
 from .sound import Quarantine, Verdict, soundness
 from .view import LossView, asks_for_elements
 from .weigher import LossWeigher

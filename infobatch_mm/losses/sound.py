@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.devices import moved
-from .batch import BatchedArguments
+from .dissect.arguments import BatchedArguments
+from .dissect.results import loss_at
 from .gradients import along
-from .results import loss_at
 
 # A blank sample's own loss is taken as sound up to this multiple of the batch's: Sparse R-CNN's of an image
 # without boxes is 10^5 times it, those of heads that clamp their number of positives are below it.

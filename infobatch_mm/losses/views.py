@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import rng
-from .coverage import Coverage
-from .memory import Memory
-from .proof import check_order
+from .dissect.coverage import Coverage
+from .dissect.memory import Memory
+from .dissect.proof import check_order
+from .dissect.results import losses_in, replace_losses, written
 from .refusals import HOW_TO
-from .results import losses_in, replace_losses, written
 from .view import LossView, asks_for_elements
 from .weigher import LossWeigher
 

@@ -8,8 +8,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, Pruner
+from infobatch_mm.core import EpochSchedule, Pruner
 from infobatch_mm.core.blanks import blank_factor
+from infobatch_mm.policies import InfoBatchPolicy
 
 
 def expected_share(valid: tuple[bool, ...], sample: int, batch: int) -> Fraction:
@@ -67,6 +68,28 @@ def test_expected_gradient_of_a_pruned_pass_is_that_of_a_full_one():
         totals.append(sum(shares))
     assert totals == pytest.approx([float(expected)] * len(totals), rel=1e-6)
     assert factor < 1
+
+
+def test_a_pass_in_flight_keeps_its_factor_over_what_it_finds_out_and_a_resume():
+    def fresh() -> Pruner:
+        return Pruner(EpochSchedule(12, 10, 2), InfoBatchPolicy(0.5, 1.0))
+
+    pruner = fresh()
+    pruner.begin_pass()
+    losses = torch.tensor([1.0] * 6 + [5.0] * 3 + [0.0] * 3)
+    pruner.record(torch.arange(12), losses, torch.arange(12) < 9)
+    pruner.advance(12)
+    pruner.finish_pass()
+    assert pruner.begin_pass().blanks == (3, 3)
+    factor = pruner.blank_factor(2)
+    first = pruner.plan.indices[:2]
+    pruner.record(first, torch.ones(2))  # whatever it was, it has a score now
+    pruner.advance(2)
+    pruner.store.flush()
+    assert pruner.blank_factor(2) == factor < 1
+    resumed = fresh()
+    resumed.load_state_dict(pruner.state_dict())
+    assert resumed.blank_factor(2) == factor
 
 
 def test_full_passes_are_not_corrected():

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from infobatch_mm import InfoBatch
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, Pruner, ScoreStore
-from infobatch_mm.core.noise_levels import NUM_BINS, bins_of
-from infobatch_mm.core.ranking import resolve_score
+from infobatch_mm.core import EpochSchedule, Pruner, ScoreStore
+from infobatch_mm.core.score_rule import build_score
+from infobatch_mm.policies import InfoBatchPolicy
+from infobatch_mm.scores.noise_levels import NUM_BINS, bins_of
 from test_core.test_pruner import through_a_file
 
 N = 40
@@ -310,7 +311,8 @@ def test_damaged_levels_are_refused(key: str, value: Any):
     ],
 )
 def test_score_and_average_complete_each_other(score: str | None, score_ema: float | None, resolved: tuple[str, float]):
-    assert resolve_score(score, score_ema) == resolved
+    built = build_score(score, score_ema)
+    assert (built.name, built.score_ema) == resolved
 
 
 @pytest.mark.parametrize(

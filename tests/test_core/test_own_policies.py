@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 import infobatch_mm.core.policy_registry as module
 from infobatch_mm import InfoBatch, InfoBatchPolicy, NoPruning, Plan, PruningPolicy, register_policy
-from infobatch_mm.core import AnnealedPolicy, EpochSchedule, Pruner, RandomPolicy, build_policy
-from infobatch_mm.core.policies import kept_count
+from infobatch_mm.core import AnnealedPolicy, EpochSchedule, Pruner, build_policy, plan_check
+from infobatch_mm.core.policy import kept_count
+from infobatch_mm.policies import RandomPolicy
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +191,7 @@ def test_what_cannot_be_named_or_written_down_is_refused():
         build_policy(Nameless())
     with pytest.raises(ValueError, match=r"'noted' \(.*Noted\).* settings\(\).*share.*tensor\(0\.5"):
         build_policy(Noted(torch.tensor(0.5)))
-    with pytest.raises(ValueError, match="AnnealedPolicy is abstract: it lacks draw"):
+    with pytest.raises(ValueError, match="AnnealedPolicy is abstract: it lacks chances, or draw"):
         register_policy(AnnealedPolicy)
     with pytest.raises(ValueError, match=r"policy 'AnnealedPolicy' .*abstract"):
         build_policy(dict(type=AnnealedPolicy))
@@ -296,7 +297,7 @@ def test_a_full_plan_of_a_users_policy_need_not_divide():
 
 
 def test_our_own_policies_pay_nothing_for_the_check(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "_fault", lambda *args: "looked")
+    monkeypatch.setattr(plan_check, "_fault", lambda *args: "looked")
     pruner = Pruner(EpochSchedule(8, 3, 2), RandomPolicy())
     assert pruner.begin_pass().pruned
 

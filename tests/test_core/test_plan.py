@@ -9,7 +9,8 @@ import pytest
 import torch
 from reference import expected_rescaled_sum, kept_count, mean_score, plan_weights
 
-from infobatch_mm.core import InfoBatchPolicy, Plan, full_plan, thinned_plan
+from infobatch_mm.core import Plan, full_plan, thinned_plan
+from infobatch_mm.policies import InfoBatchPolicy
 
 
 def generator(seed: int = 0) -> torch.Generator:

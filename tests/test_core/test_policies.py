@@ -10,8 +10,9 @@ import torch
 from reference import kept_count as slow_kept_count
 from reference import pruned_passes
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, NoPruning, PruningPolicy, build_policy
-from infobatch_mm.core.policies import kept_count
+from infobatch_mm.core import EpochSchedule, PruningPolicy, build_policy
+from infobatch_mm.core.policy import kept_count
+from infobatch_mm.policies import InfoBatchPolicy, NoPruning
 
 
 def active_passes(delta: float, num_passes: int) -> list[int]:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, IterSchedule, NoPruning, Plan, Pruner, PruningPolicy
+from infobatch_mm.core import EpochSchedule, IterSchedule, Plan, Pruner, PruningPolicy
+from infobatch_mm.policies import InfoBatchPolicy, NoPruning
 
 N = 37
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from reference import steps_after_pass
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, IterSchedule, Plan, Pruner, full_plan, thinned_plan
+from infobatch_mm.core import EpochSchedule, IterSchedule, Plan, Pruner, full_plan, thinned_plan
+from infobatch_mm.policies import InfoBatchPolicy
 
 
 def cases(count: int, seed: int = 0) -> list[tuple[int, int, int]]:

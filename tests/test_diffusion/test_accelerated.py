@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -157,8 +158,10 @@ def test_a_loss_that_is_not_a_number_is_no_score_and_stops_nothing():
         return losses.mean()
 
     run.infobatch.weigh = weigh  # type: ignore[method-assign]
-    with pytest.warns(UserWarning, match="2 visits of pass 8 had a loss, or a noise level, that is not finite"):
+    with pytest.warns(UserWarning) as found:
         by_pass = passes(run.train().journal)
+    lines = [str(each.message) for each in found if "not finite" in str(each.message)]
+    assert len(lines) == 1 and lines[0].startswith("2 visits of pass 1 had a loss, or a noise level, that is not finite")
     assert all(broken <= set(visits(steps)) for steps in by_pass.values())  # without a score never pruned
     assert run.pruner.store.seen.tolist() == [index not in broken for index in range(46)]
     assert run.infobatch.summary()["nonfinite_losses"] == 2 * 8
@@ -900,8 +903,32 @@ def test_the_updates_of_an_unpruned_training_are_known_from_its_start(accumulate
 
 def test_a_pass_too_many_is_warned_of() -> None:
     run = Run(Setup(epochs=2)).train()
-    with pytest.warns(UserWarning, match=r"pass 3 of a training of 2 epochs.*range\(infobatch.passes_done, 2\)"):
+    with pytest.warns(UserWarning, match=r"pass 3 of a training of 2 epochs.*max_train_steps=.*range\("):
         next(iter(run.loader))
+    with warnings.catch_warnings():  # it is said once
+        warnings.simplefilter("error")
+        next(iter(run.loader))
+
+
+def test_resume_code_of_old_that_skips_a_whole_pass_is_told_what_to_delete(tmp_path: Path):
+    first = Run(TAILED).train(lambda step: step == 3)
+    first.save(tmp_path)
+    resumed = Run(TAILED).load(tmp_path)
+    with pytest.warns(UserWarning, match="rest of a resumed pass .* not weighed.* delete what skips batches"):
+        for _ in resumed.loader:
+            continue
+
+
+def test_a_scheduler_that_nobody_was_given_is_noticed_by_its_optimizer():
+    forget_accelerators()
+    accelerator = Accelerator(cpu=True)
+    loader = DataLoader(Points(20), batch_size=4, shuffle=True)
+    infobatch = AcceleratedInfoBatch(accelerator, loader, 8)
+    optimizer = torch.optim.SGD(torch.nn.Linear(4, 1).parameters(), 0.1)
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    optimizer, loader = infobatch.prepare(optimizer, loader)
+    with pytest.warns(UserWarning, match="the optimizer has a learning-rate scheduler that was not given to infobatch"):
+        next(iter(loader))
 
 
 def test_a_pass_that_is_saved_at_its_end_is_followed_by_the_whole_of_the_next(tmp_path: Path):

@@ -177,3 +177,14 @@ def test_the_noise_level_of_flow_matching_is_that_of_its_mixture() -> None:
     assert levels.tolist() == pytest.approx((2 * torch.log((1 - sigmas) / sigmas)).tolist(), abs=1e-4)
     assert log_snr(flow, torch.tensor([0.0, 500.0, 1000.0])).tolist() == [torch.inf, 0, -torch.inf]
     assert levels[0] == -torch.inf or levels[0] < levels[2]
+
+
+def test_noise_levels_that_are_not_known_are_refused():
+    from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
+
+    with pytest.raises(ValueError, match=r"EulerDiscreteScheduler with timesteps in torch.float32.*-2 \* sigma.log"):
+        log_snr(EulerDiscreteScheduler(), torch.ones(2))
+    with pytest.raises(ValueError, match=r"EDMEulerScheduler has no alphas_cumprod and is none of flow matching"):
+        log_snr(EDMEulerScheduler(), torch.ones(2))
+    with pytest.raises(ValueError, match="give it the scheduler, then the timesteps"):
+        log_snr(torch.ones(2, dtype=torch.int64), DDPMScheduler())  # type: ignore[arg-type]

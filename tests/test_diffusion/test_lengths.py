@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from infobatch_mm.core import EpochSchedule
-from infobatch_mm.diffusion.lengths import length_line, length_of
+from infobatch_mm.core.lengths import length_line, length_of
 
 from .toy import Run, Setup, forget_accelerators
 

@@ -18,7 +18,8 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from infobatch_mm.diffusion import AcceleratedInfoBatch, ending
+from infobatch_mm.accelerated import AcceleratedInfoBatch
+from infobatch_mm.core import ending
 
 from .toy import Points, Run, Setup, forget_accelerators
 

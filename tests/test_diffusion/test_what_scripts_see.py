@@ -23,9 +23,9 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from infobatch_mm import keeps_order
+from infobatch_mm.accelerated.batch import Batch
+from infobatch_mm.accelerated.checks import process_mismatch
 from infobatch_mm.diffusion import AcceleratedInfoBatch
-from infobatch_mm.diffusion.batch import Batch
-from infobatch_mm.diffusion.checks import process_mismatch
 
 from .toy import Points, Run, Setup, forget_accelerators
 
@@ -253,7 +253,7 @@ def test_processes_that_are_not_accelerates_are_told_what_is_likely(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("infobatch_mm.diffusion.checks.world_size", lambda: known)
+    monkeypatch.setattr("infobatch_mm.accelerated.checks.world_size", lambda: known)
     monkeypatch.setattr(getattr(torch, "accelerator", torch.cuda), "is_available", lambda: False)
     told = process_mismatch(shares)
     assert (told is None) == (message is None) and (message is None or re.search(message, told or ""))

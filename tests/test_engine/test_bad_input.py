@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from infobatch_mm import InfoBatch, Plan, PruningPolicy
-from infobatch_mm.core import RandomPolicy, distributed
+from infobatch_mm.core import distributed
 from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine import InfoBatchHook, ReconstructionHook
 from infobatch_mm.engine.loader import IndexedLoader
@@ -32,6 +32,7 @@ from infobatch_mm.engine.takeover import check_runner, watch
 from infobatch_mm.loop import infobatch, passes, sizes
 from infobatch_mm.losses import LossWeigher, attach_views
 from infobatch_mm.losses.mixing import MixingView
+from infobatch_mm.policies import RandomPolicy
 
 from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, config, train

@@ -18,7 +18,8 @@ import torch
 from mmengine.config import Config
 from mmpretrain.datasets.samplers import RepeatAugSampler
 
-from infobatch_mm.core import EpochSchedule, InfoBatchPolicy, PlanSampler, Pruner
+from infobatch_mm.core import EpochSchedule, PlanSampler, Pruner
+from infobatch_mm.policies import InfoBatchPolicy
 
 from .processes import Run
 from .test_mmpretrain_runs import SMOOTH, assert_goes_on

@@ -376,10 +376,10 @@ def with_own_seed(rank: int, runner: Any) -> None:
     next(hook for hook in runner.hooks if type(hook).__name__ == "InfoBatchHook")._seed = 40 + rank
 
 
-@pytest.mark.parametrize("what", ["sample_names", "num_samples", "seed"])
+@pytest.mark.parametrize("what", ["fingerprint", "num_samples", "seed"])
 def test_ranks_that_disagree_are_all_refused(make_config: MakeConfig, tmp_path: Path, what: str) -> None:
     prepare: Any = {"num_samples": with_fewer_samples, "seed": with_own_seed}.get(what)
-    if what == "sample_names":
+    if what == "fingerprint":
         renamed = draw_dataset(tmp_path / "renamed", num_train=22, num_val=1, size=32)
         for file in [*renamed.rglob("training/*.jpg"), *renamed.rglob("training/*.png")]:
             file.rename(file.with_name("x" + file.name))

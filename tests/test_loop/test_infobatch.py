@@ -361,7 +361,7 @@ def test_a_second_walk_takes_the_pass_over_and_the_first_is_told(workers: dict[s
     # As in a notebook where an interrupted cell keeps the iterator alive.
     assert indices_of(train(infobatch, loader, 0)) == expected[12:]
     assert (passes_done(infobatch), infobatch.summary()["per_pass"][0]["kept"]) == (1, 40)
-    with pytest.raises(ValueError, match="pass 0 is walked by two iterators at once"):
+    with pytest.raises(ValueError, match="pass 1 is walked by two iterators at once"):
         next(first)
 
 
@@ -371,7 +371,7 @@ def test_an_iterator_goes_on_no_more_once_another_has_begun_a_pass(workers: dict
     old = iter(infobatch.sampler)
     infobatch.weigh(torch.ones(1), [next(old)])
     list(infobatch.sampler)
-    with pytest.raises(ValueError, match="pass 0 is walked by two iterators at once"):
+    with pytest.raises(ValueError, match="pass 1 is walked by two iterators at once"):
         next(old)
 
 
@@ -470,7 +470,7 @@ def test_a_batch_of_an_earlier_pass_is_refused():
     old = [index for index, _ in loader][-1]
     train(infobatch, loader, 1)
     next(iter(loader))
-    with pytest.raises(ValueError, match=r"was not handed out so far in pass 2|is not part of pass 2"):
+    with pytest.raises(ValueError, match=r"was not handed out so far in pass 3|is not part of pass 3"):
         infobatch.weigh(torch.ones(8), old)
 
 
@@ -791,7 +791,7 @@ def test_negative_index_is_refused_where_nothing_is_padded(index: int):
 def test_index_of_another_pass_is_refused():
     infobatch, indices, _ = pruned_pass()
     skipped = min(set(range(16)) - set(indices.tolist()))
-    with pytest.raises(ValueError, match=f"index {skipped} is not part of pass 1"):
+    with pytest.raises(ValueError, match=f"index {skipped} is not part of pass 2"):
         infobatch.weigh(torch.zeros(2), [int(indices[0]), skipped])
 
 
@@ -1250,7 +1250,7 @@ def test_a_short_last_batch_is_looked_at_as_it_comes():
 def test_batches_of_a_pass_that_is_over_are_told_of():
     infobatch, loader = build(16, 4, {"ours": True})
     batches = list(loader)
-    with pytest.warns(UserWarning, match="batches of pass 0, which is over, are weighed once more"):
+    with pytest.warns(UserWarning, match="batches of pass 1, which is over, are weighed once more"):
         for _ in range(4):
             for index, _ in batches:
                 infobatch.weigh(losses_of(index, 0), index)

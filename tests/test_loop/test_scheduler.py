@@ -211,20 +211,20 @@ def test_what_cannot_follow_the_progress_is_refused():
 
 def test_a_schedule_that_is_stepped_in_another_rhythm_is_refused_in_the_second_pass():
     run = Run(BY_EPOCH["MultiStepLR"], "step")
-    with pytest.raises(ValueError, match=r"called 1 times in pass 0, in which 15 batches .* interval='epoch'"):
+    with pytest.raises(ValueError, match=r"called 1 times in pass 1, in which 15 batches .* interval='epoch'"):
         for _ in range(EPOCHS):
             for index, _ in run.loader:
                 run.infobatch.weigh(index.float(), index)
             run.scheduler.step()
     run = Run(BY_STEP["CosineAnnealingLR"], "step")
-    with pytest.raises(ValueError, match=r"called 8 times in pass 0, in which 15 batches .* every=N"):
+    with pytest.raises(ValueError, match=r"called 8 times in pass 1, in which 15 batches .* every=N"):
         for _ in range(EPOCHS):
             for i, (index, _) in enumerate(run.loader, 1):
                 run.infobatch.weigh(index.float(), index)
                 if i % 2 == 0 or i == len(run.loader):
                     run.scheduler.step()
     run = Run(BY_EPOCH["MultiStepLR"], "epoch")
-    with pytest.raises(ValueError, match="called 16 times in pass 0: a schedule with interval='epoch'"):
+    with pytest.raises(ValueError, match="called 16 times in pass 1: a schedule with interval='epoch'"):
         for _ in range(EPOCHS):
             for index, _ in run.loader:
                 run.infobatch.weigh(index.float(), index)
@@ -258,7 +258,7 @@ def test_accumulation_may_leave_the_rest_of_a_pass_out():
                         step.step()
 
         if partial:
-            with pytest.raises(ValueError, match=r"called 2 times in pass 0, in which 5 batches .*partial=False"):
+            with pytest.raises(ValueError, match=r"called 2 times in pass 1, in which 5 batches .*partial=False"):
                 train()
         else:
             train()

@@ -332,3 +332,65 @@ def test_quotes_are_named(name: str):
         InfoBatch(N, **settings)
     with pytest.raises(ValueError, match=f"{name}='half' is (text, not a number|not a whole number)"):
         InfoBatch(N, **{**settings, name: "half"})
+
+
+# ---- what a new user found -----------------------------------------------------------------------------
+
+
+def test_the_length_of_the_training_is_known_and_going_beyond_it_is_said_once():
+    infobatch = InfoBatch(N, max_train_steps=25, batch_size=B, delta=0.5)
+    loader = infobatch.loader(list(range(N)))
+    assert infobatch.num_passes == 3
+    train(infobatch, loader, infobatch.num_passes)
+    with pytest.warns(UserWarning) as found:
+        for _ in range(2):
+            for index, _ in loader:
+                infobatch.weigh(loss_of(index), index)
+    lines = [str(each.message) for each in found if "which is done" in str(each.message)]
+    assert len(lines) == 1 and "pass 4 of a training of 3" in lines[0] and "infobatch.num_passes" in lines[0]
+
+
+@pytest.mark.parametrize("length", [20, 80])
+def test_a_scheduler_of_another_length_is_said_with_both_numbers(length: int):
+    infobatch = InfoBatch(N, 4, batch_size=B, delta=0.5)
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.warns(UserWarning, match=f"made for {length} steps, this training makes 40"):
+        infobatch.schedule(OneCycleLR(optimizer, 0.1, total_steps=length))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        infobatch.schedule(OneCycleLR(optimizer, 0.1, total_steps=40))
+        infobatch.schedule(OneCycleLR(optimizer, 0.1, total_steps=4), interval="epoch")
+        infobatch.schedule(OneCycleLR(optimizer, 0.1, total_steps=20), every=2)
+
+
+def test_skipped_visits_are_in_the_last_line(caplog: pytest.LogCaptureFixture):
+    infobatch = InfoBatch(N, 2, batch_size=B, delta=0.5)
+    with caplog.at_level(logging.INFO, logger="infobatch_mm"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            for number, (index, _) in enumerate(infobatch.loader(list(range(N)))):
+                if number:
+                    infobatch.weigh(loss_of(index), index)
+    last = caplog.records[-1].getMessage()
+    assert last == "InfoBatch: 72 visits and 8 skipped in place of 80, 0.0% saved, in 2 passes"
+
+
+def test_a_run_is_written(tmp_path: Any):
+    from infobatch_mm.core import read_scores
+
+    infobatch = InfoBatch(N, 2, batch_size=B, delta=0.5)
+    train(infobatch, infobatch.loader(list(range(N))), 2)
+    infobatch.write(tmp_path / "new", [f"{i}.png" for i in range(N)])
+    assert read_scores(tmp_path / "new")["name"][3] == "3.png"
+    assert (tmp_path / "new/infobatch_summary.json").is_file()
+
+
+def test_what_is_given_in_the_place_of_a_number_is_named():
+    with pytest.raises(ValueError, match=r"num_samples=list\(\.\.\.\) is not a whole number: give its length"):
+        InfoBatch([1, 2, 3], 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"num_epochs=10\.0 is not a whole number but a float, write 10"):
+        InfoBatch(N, 10.0)  # type: ignore[arg-type]
+    infobatch = InfoBatch(N, 2, batch_size=B, delta=0.5)
+    index, _ = next(iter(infobatch.loader(list(range(N)))))
+    with pytest.raises(ValueError, match=r"8 losses but 4 sample indices.*prior preservation.*weigh\(losses\[:4\]"):
+        infobatch.weigh(torch.ones(8), index)

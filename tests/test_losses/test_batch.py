@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-from infobatch_mm.losses.batch import BatchedArguments
+from infobatch_mm.losses.dissect.arguments import BatchedArguments
 
 Outputs = namedtuple("Outputs", "logits masks")
 

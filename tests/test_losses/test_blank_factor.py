@@ -16,16 +16,16 @@ from mmseg.models.losses import CrossEntropyLoss
 from mmseg.registry import MODELS
 from oracle_losses import tiny_model
 
-import infobatch_mm.losses.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
+import infobatch_mm.losses.hosts.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
 from infobatch_mm.losses import (
     LossWeigher,
     SampleLosses,
     attach_views,
-    mmseg_losses,
     register_loss_view,
     register_separable_loss,
     registry,
 )
+from infobatch_mm.losses.hosts import mmseg_losses
 
 SAMPLES, BATCH, CLASSES, SIZE = 8, 2, 3, (2, 2)
 BLANK, ABOVE, BELOW = (0, 1), (2, 3), (4, 5, 6, 7)

@@ -11,7 +11,7 @@ from mmseg.models.decode_heads import FCNHead
 from oracle import fcn, make_inputs, make_labels, make_samples, make_weights
 from oracle_losses import labels_of, passes, tiny_model
 
-from infobatch_mm.core.scores import ScoreStore
+from infobatch_mm.core.store import ScoreStore
 from infobatch_mm.losses import LossWeigher, attach_views
 
 BROKEN = 2

@@ -11,8 +11,9 @@ from mmseg.registry import MODELS
 from oracle import ce, gradients, make_inputs, make_labels, make_samples, make_weights, total
 from oracle_losses import labels_of, passes, tiny_model, with_head
 
-from infobatch_mm.losses import LossWeigher, attach_views, mmseg_losses
-from infobatch_mm.losses.batch import BatchedArguments, have_instances
+from infobatch_mm.losses import LossWeigher, attach_views
+from infobatch_mm.losses.dissect.arguments import BatchedArguments, have_instances
+from infobatch_mm.losses.hosts import mmseg_losses
 
 
 class InlineHead(FCNHead):

@@ -20,7 +20,7 @@ from oracle_losses import passes
 from waiting_kinds import KINDS, Kind, Run
 
 from infobatch_mm import InfoBatch
-from infobatch_mm.core.scores import ScoreStore
+from infobatch_mm.core.store import ScoreStore
 
 pytestmark = [
     pytest.mark.gpu,

@@ -21,8 +21,9 @@ from oracle_losses import labels_of, passes, with_head
 from waiting_kinds import INDICES, KINDS, InlineHead, Kind, Run, halves, scenes
 
 from infobatch_mm import InfoBatch
-from infobatch_mm.core.scores import ScoreStore
-from infobatch_mm.losses import HeadRule, LossWeigher, mmseg_losses, register_head_rule
+from infobatch_mm.core.store import ScoreStore
+from infobatch_mm.losses import HeadRule, LossWeigher, register_head_rule
+from infobatch_mm.losses.hosts import mmseg_losses
 
 
 def here(value):
@@ -291,9 +292,10 @@ def test_a_million_records_wait_once():
 
 def test_replaced_samples_are_left_out_without_waiting():
     pytest.importorskip("mmengine")
-    from infobatch_mm.core import IterSchedule, NoPruning, Pruner
+    from infobatch_mm.core import IterSchedule, Pruner
     from infobatch_mm.engine import InfoBatchHook
     from infobatch_mm.engine.loader import BatchIndices
+    from infobatch_mm.policies import NoPruning
 
     hook = InfoBatchHook()
     hook._pruner = Pruner(IterSchedule(12, 100, 4), NoPruning())

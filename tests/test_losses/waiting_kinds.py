@@ -18,7 +18,7 @@ from oracle_losses import labels_of, tiny_model, with_head
 from oracle_selfsup import DIMS, Model, Predictions
 
 from infobatch_mm.core import Plan
-from infobatch_mm.core.scores import ScoreStore
+from infobatch_mm.core.store import ScoreStore
 from infobatch_mm.losses import HeadRule, LossWeigher, attach_views, register_head_rule
 
 BATCH = 4

@@ -1,0 +1,80 @@
+"""What a script on accelerate is told: a line for each pass, and warnings of what seems to go wrong, each once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from accelerate import Accelerator
+
+from ..core.console import end_line, pass_line, say, unscored_line
+from ..core.ending import note
+from ..core.pruner import Pruner
+
+
+class Notices:
+    """Tells a script, on its main process, what its passes come to.
+
+    Args:
+        accelerator (Accelerator): The run's.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._told: set[str] = set()
+
+    def pass_done(self, pruner: Pruner, entry: dict[str, Any], nonfinite: int, wall_time_s: float) -> None:
+        """A pass was booked, in which so many losses were not finite."""
+        if not self._accelerator.is_main_process:
+            return
+        say(pass_line(pruner))
+        note(pruner.pass_index, pruner.schedule.num_passes)
+        if pruner.pass_index == pruner.schedule.num_passes:
+            say(end_line(pruner, wall_time_s))
+        if nonfinite:
+            self._warn(
+                "nonfinite",
+                f"{nonfinite} visits of pass {pruner.pass_index} had a loss, or a noise level, that is not finite: "
+                "they are no scores, and samples without one are never pruned (later passes say so in their line)",
+            )
+        if entry["skipped"]:
+            self._warn(
+                "skipped",
+                f"{entry['skipped']} visits of pass {pruner.pass_index} were handed out and not weighed (later passes "
+                "say so in their line): call infobatch.weigh() for every batch; after a resume skip none, the loader "
+                "goes on where the checkpoint was saved",
+            )
+        if line := unscored_line(pruner):
+            self._warn("unscored", line)
+
+    def beyond_the_end(self, pruner: Pruner) -> None:
+        """A walk begins after the last pass."""
+        self._warn(
+            "end",
+            f"pass {pruner.pass_index + 1} of a training of {pruner.schedule.num_passes} epochs, which is done: give "
+            "AcceleratedInfoBatch the length by which the script ends, max_train_steps= or num_epochs=, and let its "
+            "loop be `for epoch in range(infobatch.passes_done, infobatch.num_passes)`",
+        )
+
+    def idle(self, start: int) -> None:
+        """A walk from some position on was not weighed: a resume of old, or the filling of a cache."""
+        if start:
+            self._warn(
+                "skips",
+                "the rest of a resumed pass was walked and not weighed, and counts for nothing: delete what skips "
+                "batches after a resume, the loader goes on where the checkpoint was saved",
+            )
+            return
+        # Many scripts read their cache by the step.
+        self._warn(
+            "idle",
+            "a whole walk of the train dataloader was not weighed, and counts for nothing. If it filled a cache of "
+            "latents or prompts: passes are reshuffled, and pruned ones leave samples out, so that cache[step] belongs "
+            "to other samples than the batch whose loss is weighed; keep an entry for each sample of the data set, and "
+            "read cache[infobatch.index]",
+        )
+
+    def _warn(self, name: str, line: str) -> None:
+        if name not in self._told and self._accelerator.is_main_process:
+            self._told.add(name)
+            warnings.warn(line, stacklevel=5)

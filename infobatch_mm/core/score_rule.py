@@ -1,0 +1,168 @@
+"""What a score is: how the losses of a sample become what it is ranked by; known by its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from .checks import is_number, what_is_wrong
+from .distributed import Group
+
+
+class Columns(Protocol):
+    """What a rule writes, one entry for each sample: see :class:`.ScoreStore`."""
+
+    values: Tensor
+    seen: Tensor
+    times_seen: Tensor
+
+
+class ScoreRule(ABC):
+    """Folds new losses into the scores of their samples.
+
+    Args:
+        group (ProcessGroup, optional): The processes that share the data. Defaults to all.
+
+    Attributes:
+        score_ema (float): Decay of an average over a sample's visits, in [0, 1); 0 where there is none.
+    """
+
+    #: Name under which users select it and checkpoints record it.
+    name: str
+    #: Whether a loss takes the place of what was there, so that nothing of it need be kept for the merge.
+    overwrites = False
+    #: Whether losses wait for the end of their pass before they become scores; see :meth:`hold`.
+    defers = False
+    #: First version of the state that knows of it.
+    state_version = 1
+    score_ema = 0.0
+
+    def __init__(self, group: Group = None) -> None:
+        self.group = group
+
+    def settings(self) -> dict[str, Any]:
+        """What identifies the rule in checkpoints and summaries, as plain values."""
+        return {"score": self.name, "score_ema": self.score_ema}
+
+    @abstractmethod
+    def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:
+        """Write new losses into the scores.
+
+        Args:
+            columns (Columns): The scores.
+            where (ndarray): Their samples, shape ``(V,)``, int64; one may come several times, in the order of visits.
+            losses (ndarray): Shape ``(V,)``, float32, finite.
+        """
+
+    # ---- for rules that defer, and ones that need more than the loss --------------------------------
+
+    def evidence(self, losses: Tensor, log_snr: Tensor | None) -> Tensor:
+        """What is kept beside each loss, shape ``(B,)``, on the device of the losses; NaN makes a visit unusable.
+
+        Raises:
+            ValueError: If it is needed and missing, or of another shape.
+        """
+        return losses
+
+    def hold(self, indices: Tensor, losses: Tensor, evidence: Tensor) -> None:
+        """Keep usable losses, on the CPU, until :meth:`settle`."""
+        raise NotImplementedError
+
+    def merge(self) -> None:
+        """Exchange what is held; every rank must call it."""
+        return None
+
+    def settle(self) -> tuple[Tensor, Tensor]:
+        """End a pass, after a merge: indices and losses to fold, shape ``(V,)``, int64 and float32."""
+        raise NotImplementedError
+
+    @property
+    def unmerged(self) -> bool:
+        """Whether this rank holds something that the others have not seen."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the scores, under keys of its own."""
+        return {}
+
+    @classmethod
+    def damaged(cls, state: Mapping[str, Any], num_samples: int) -> str | None:
+        """Key of a checkpoint's state of this rule that makes no sense; None if all does."""
+        return None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state; what was held is forgotten."""
+        return None
+
+
+R = TypeVar("R", bound=type[ScoreRule])
+
+_RULES: dict[str, type[ScoreRule]] = {}
+
+
+def register_score(rule: R) -> R:
+    """Make a score known by its ``name``; decorates the class.
+
+    Raises:
+        ValueError: If another class has the name.
+    """
+    there = _RULES.get(rule.name, rule)
+    if (there.__module__, there.__qualname__) != (rule.__module__, rule.__qualname__):
+        raise ValueError(f"the name {rule.name!r} of {rule.__qualname__} is taken by {there.__qualname__}: use another")
+    _RULES[rule.name] = rule
+    return rule
+
+
+def registered() -> dict[str, type[ScoreRule]]:
+    """All scores by name."""
+    return dict(_RULES)
+
+
+def build_score(
+    score: str | Mapping[str, Any] | None = None, score_ema: float | None = None, group: Group = None
+) -> ScoreRule:
+    """Turn the user's choice into a rule.
+
+    Args:
+        score (str | dict, optional): A name, or ``dict(type=name, ...)`` with arguments of its own. Defaults to None:
+            ``'ema'`` where ``score_ema`` is given and not 0, else ``'raw'``.
+        score_ema (float, optional): Decay of the average over a sample's visits, in [0, 1). Defaults to None: 0.9 for
+            scores that are averages.
+        group (ProcessGroup, optional): The processes that share the data. Defaults to all.
+
+    Raises:
+        ValueError: If one is out of its range, or they contradict each other.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(score, Mapping):
+        given = {key: score[key] for key in score}
+        score = given.pop("type", None)
+    if score_ema is not None:
+        if "score_ema" in given and given["score_ema"] != score_ema:
+            raise ValueError(
+                f"score_ema={score_ema!r} and score=dict(score_ema={given['score_ema']!r}, ...): set it in one of them"
+            )
+        given["score_ema"] = score_ema
+    if "score_ema" in given:
+        check_score_ema(given["score_ema"])
+    if score is None:
+        score = "ema" if given.get("score_ema") else "raw"
+    if score not in _RULES:
+        raise ValueError(f"unknown score {score!r}: choose one of {sorted(_RULES)}")
+    try:
+        return _RULES[score](group=group, **given)
+    except TypeError as error:
+        raise ValueError(f"score {score!r} cannot be made with {given}: {error}") from error
+
+
+def check_score_ema(score_ema: float) -> None:
+    """Refuse a decay that is outside [0, 1)."""
+    if not is_number(score_ema) or not 0 <= score_ema < 1:
+        raise ValueError(
+            f"score_ema={score_ema!r} {what_is_wrong(score_ema, '[0, 1)')}: it is the decay of the average over a "
+            "sample's visits; use 0 for its last loss, 0.5 or 0.8 for an average over about two or five"
+        )

@@ -1,0 +1,232 @@
+"""The state of a training in a checkpoint: parsed once into a typed value, and refused where it is of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import unusable
+from .plan import Plan
+from .score_rule import registered
+
+if TYPE_CHECKING:
+    from .pruner import Pruner
+
+#: 2 where scores are averages, 3 where they are by noise level, which the versions before do not know of.
+STATE_VERSION = 3
+
+#: What every version holds.
+_KEYS = (
+    *("version", "num_samples", "fingerprint", "settings", "batch_size", "schedule", "seed"),
+    *("scores", "seen", "times_seen", "num_nonfinite", "num_invalid", "unmerged"),
+    *("pass_index", "visited", "visits_before", "full_before", "plan", "history"),
+)
+#: Of these, the numbers; none of them can be negative.
+_COUNTS = (
+    *("num_samples", "batch_size", "seed"),
+    *("num_nonfinite", "num_invalid", "pass_index", "visited"),
+)
+
+
+@dataclass(frozen=True)
+class PrunerState:
+    """What :meth:`.Pruner.state_dict` wrote, of any version, checked for damage.
+
+    Attributes:
+        num_samples (int): Size of the data set.
+        fingerprint (str): Identifies it beyond its length.
+        settings (dict): What samples are pruned by: the policy's settings and the score's.
+        batch_size (int): Global batch size.
+        loop (str): What the host counts its training in.
+        pass_samples (int, optional): Visits that the plan in flight was drawn of.
+        schedule (Mapping): Settings of the schedule.
+        seed (int): Seed of all draws.
+        store (Mapping): State of the scores, for :meth:`.ScoreStore.load_state_dict`.
+        unmerged (bool): Whether it holds the scores of one process only.
+        pass_index (int): As of :class:`.Books`, like the others.
+        visited (int): Position in the plan in flight.
+        skipped (int): Visits of it that were handed out and not weighed.
+        visits_before (int): Visits that no pass in the history accounts for.
+        full_before (int): What the unpruned run would have made in their place.
+        plan (Plan, optional): The plan in flight.
+        history (list[dict]): One entry per finished pass.
+    """
+
+    num_samples: int
+    fingerprint: str
+    settings: dict[str, Any]
+    batch_size: int
+    loop: str
+    pass_samples: int | None
+    schedule: Mapping[str, Any]
+    seed: int
+    store: Mapping[str, Any]
+    unmerged: bool
+    pass_index: int
+    visited: int
+    skipped: int
+    visits_before: int
+    full_before: int
+    plan: Plan | None
+    history: list[dict[str, Any]]
+
+
+def parse(state: Any) -> PrunerState:
+    """Read a state of any version.
+
+    Raises:
+        ValueError: For a newer version, or if something is missing or makes no sense.
+    """
+    if not isinstance(state, Mapping):
+        raise damaged(type(state).__name__)
+    version = state.get("version")
+    if not isinstance(version, int) or version > STATE_VERSION:
+        raise ValueError(
+            f"cannot resume: the checkpoint's InfoBatch state has version {version!r}, this package reads "
+            f"versions up to {STATE_VERSION}; update infobatch_mm"
+        )
+    for key in _KEYS:
+        if key not in state:
+            raise damaged(key)
+    for key in _COUNTS:
+        if not isinstance(state[key], int) or state[key] < 0:
+            raise damaged(key)
+    for key in ("settings", "schedule"):
+        if not isinstance(state[key], Mapping):
+            raise damaged(key)
+    if not isinstance(state["history"], list) or len(state["history"]) > state["pass_index"]:
+        raise damaged("history")
+    # States of earlier versions have no average, or one of losses only.
+    average = state.get("score_ema", 0.0)
+    score = state.get("score", "ema" if average else "raw")
+    num_samples, schedule = state["num_samples"], state["schedule"]
+    _check_scores(state, score, num_samples)
+    return PrunerState(
+        num_samples=num_samples,
+        fingerprint=state["fingerprint"],
+        settings={**state["settings"], "score": score, "score_ema": average},
+        batch_size=state["batch_size"],
+        loop=schedule.get("loop", ""),
+        pass_samples=schedule.get("pass_samples"),
+        schedule=schedule,
+        seed=state["seed"],
+        store=state,
+        unmerged=bool(state["unmerged"]),
+        pass_index=state["pass_index"],
+        visited=state["visited"],
+        skipped=int(state.get("skipped", 0)),
+        visits_before=int(state["visits_before"]),
+        full_before=int(state["full_before"]),
+        plan=None if state["plan"] is None else _plan(state["plan"], num_samples),
+        history=[dict(entry) for entry in state["history"]],
+    )
+
+
+def check_fits(state: PrunerState, pruner: Pruner) -> None:
+    """Refuse a state that belongs to another run.
+
+    Raises:
+        ValueError: With both values.
+    """
+    schedule = pruner.schedule
+    if state.loop != schedule.loop:
+        raise ValueError(
+            f"cannot resume: the checkpoint was trained by {state.loop}, this run trains by {schedule.loop}; use "
+            "the same kind of loop, or start a new run from its weights (load_from in MMEngine)"
+        )
+    if state.num_samples != schedule.num_samples:
+        raise ValueError(
+            f"cannot resume: the checkpoint scores {state.num_samples} samples, this data set has "
+            f"{schedule.num_samples}; resume with the data set it was trained on"
+        )
+    if state.fingerprint != pruner.fingerprint:
+        raise ValueError(
+            "cannot resume: the checkpoint scores a data set with other sample names (fingerprint "
+            f"{state.fingerprint!r}, this data set has {pruner.fingerprint!r}); resume with the data set it was "
+            "trained on"
+        )
+    here = {**pruner.policy.settings(), **pruner.store.settings()}
+    if state.settings != here:
+        raise ValueError(
+            f"cannot resume: the checkpoint was pruned with {state.settings}, this run has {here}; "
+            "use the same settings, or start a new run from its weights (load_from in MMEngine)"
+        )
+
+
+def state_of(pruner: Pruner, plan: Plan | None) -> dict[str, Any]:
+    """What :func:`parse` reads: plain tensors and numbers, no collectives.
+
+    Args:
+        pruner (Pruner): Whose state.
+        plan (Plan, optional): The plan in flight.
+    """
+    schedule, store = pruner.schedule, pruner.store
+    return {
+        "version": store.rule.state_version,
+        "num_samples": schedule.num_samples,
+        "fingerprint": pruner.fingerprint,
+        "settings": pruner.policy.settings(),
+        **store.settings(),
+        "batch_size": schedule.batch_size,
+        "schedule": {**schedule.settings(), "pass_samples": schedule.plan_visits(pruner.pass_index)},
+        "seed": pruner.seed,
+        **store.state_dict(),
+        "pass_index": pruner.pass_index,
+        "visited": pruner.visited,
+        "skipped": pruner.skipped,
+        "visits_before": pruner.visits_before,
+        "full_before": pruner.full_before,
+        "plan": None
+        if plan is None
+        else {
+            "indices": plan.indices,
+            "weights": plan.weights,
+            "pruned": plan.pruned,
+            "threshold": plan.threshold,
+            "blanks": list(plan.blanks),
+        },
+        "history": [dict(entry) for entry in pruner.history],
+    }
+
+
+def damaged(key: str) -> ValueError:
+    """The refusal of a state in which an entry is missing or makes no sense."""
+    return ValueError(f"cannot resume: the checkpoint's InfoBatch state is damaged at {key!r}; use another checkpoint")
+
+
+def _check_scores(state: Mapping[str, Any], score: str, num_samples: int) -> None:
+    key: str | None
+    for key, dtype in (("scores", torch.float32), ("seen", torch.bool), ("times_seen", torch.int32)):
+        tensor = state[key]
+        if not isinstance(tensor, Tensor) or tensor.shape != (num_samples,) or tensor.dtype != dtype:
+            raise damaged(key)
+    if not bool(torch.isfinite(state["scores"]).all()):
+        raise damaged("scores")
+    if "unusable" in state and not unusable.fits(state["unusable"], num_samples):
+        raise damaged("unusable")
+    rule = registered().get(score)  # one that nobody has registered here is refused for its name
+    if rule is not None and (key := rule.damaged(state, num_samples)) is not None:
+        raise damaged(key)
+
+
+def _plan(plan: Any, num_samples: int) -> Plan:
+    indices, weights = (plan.get(key) if isinstance(plan, Mapping) else None for key in ("indices", "weights"))
+    if (
+        not isinstance(indices, Tensor)
+        or not isinstance(weights, Tensor)
+        or indices.dim() != 1
+        or indices.shape != weights.shape
+        or indices.dtype != torch.int64
+        or bool(((indices < 0) | (indices >= num_samples)).any())
+        or not {"pruned", "threshold"} <= set(plan)
+        # every sample at most once, and none that weighs nothing
+        or len(indices) != torch.bincount(indices.cpu(), minlength=1).count_nonzero()
+        or not bool(((weights > 0) & torch.isfinite(weights)).all())
+    ):
+        raise damaged("plan")
+    blanks = plan.get("blanks", (0, 0))  # which earlier versions do not know of
+    return Plan(indices.cpu(), weights.cpu(), bool(plan["pruned"]), plan["threshold"], (int(blanks[0]), int(blanks[1])))
