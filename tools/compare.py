@@ -156,8 +156,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
         )
     if args.then is not None:
         check_then(parser, args, cfg)
-    elif not cfg.get("val_evaluator"):
-        parser.error(f"{args.unpruned} has no val_evaluator: there would be nothing to compare by")
+    else:
+        for config, each in ((args.unpruned, cfg), (args.pruned, pruned)):
+            if not each.get("val_evaluator"):
+                parser.error(f"{config} has no val_evaluator: there would be nothing to compare by")
+    if differing := untwinned(cfg, pruned):
+        print(
+            f"{args.pruned} is no twin of {args.unpruned}: they differ in {', '.join(differing)} beside the hook, and "
+            "so will their results",
+            file=sys.stderr,
+        )
     if args.shortened:
         try:
             shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
@@ -167,6 +175,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Config:
     if args.then is not None:
         check_built(parser, {args.then: args.then_options})
     return cfg
+
+
+def untwinned(cfg: Config, pruned: Config) -> list[str]:
+    """Settings in which two configs differ, apart from the hook and what it may be written out as."""
+    names = {"custom_imports", "custom_hooks", "work_dir", "launcher", "resume", "load_from"}
+    one, other = ({key: each[key] for key in each if key not in names} for each in (cfg.to_dict(), pruned.to_dict()))
+    for each in (one, other):
+        each["train_dataloader"] = {**each.get("train_dataloader", {}), "sampler": None}
+        each["train_cfg"] = {**each.get("train_cfg", {}), "type": None, "by_epoch": None}
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def check_built(parser: argparse.ArgumentParser, configs: dict[Path, list[str]]) -> None:

@@ -99,7 +99,11 @@ class PruningPolicy(ABC):
         if type(self).draw is not PruningPolicy.draw:
             return self.draw(snapshot.scores, snapshot.seen, generator, multiple_of)
         found = self.chances(snapshot)
-        return None if found is None else found.drawn(generator, multiple_of)
+        if found is None:
+            return None
+        if (fault := _fault(found, len(snapshot.seen))) is not None:
+            raise ValueError(f"policy {self.name!r} ({type(self).__qualname__}) gave chances that cannot be: {fault}")
+        return found.drawn(generator, multiple_of)
 
     def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """Draw the plan of one pass.
@@ -135,6 +139,19 @@ class PruningPolicy(ABC):
     def __str__(self) -> str:
         # Which is what MMEngine writes: a dataclass has a __repr__ of its own.
         return PruningPolicy.__repr__(self)
+
+
+def _fault(found: Any, num_samples: int) -> str | None:
+    """What is wrong with chances; None for nothing."""
+    if not isinstance(found, Thinning):
+        return f"chances() returned a {type(found).__name__}, expected a Thinning or None"
+    mask, ratio = found.candidates, plain(found.ratio)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num_samples,):
+        what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        return f"candidates are {what}, expected a bool tensor of shape ({num_samples},)"
+    if not is_number(ratio) or not 0 <= ratio < 1:
+        return f"ratio={found.ratio!r}, expected a number in [0, 1)"
+    return None
 
 
 class AnnealedPolicy(PruningPolicy):

@@ -151,7 +151,7 @@ def build_score(
         check_score_ema(given["score_ema"])
     if score is None:
         score = "ema" if given.get("score_ema") else "raw"
-    if score not in _RULES:
+    if not isinstance(score, str) or score not in _RULES:
         raise ValueError(f"unknown score {score!r}: choose one of {sorted(_RULES)}")
     try:
         return _RULES[score](group=group, **given)

@@ -95,11 +95,19 @@ def parse(state: Any) -> PrunerState:
     for key in _COUNTS:
         if not isinstance(state[key], int) or state[key] < 0:
             raise damaged(key)
+    for key in ("skipped", "visits_before", "full_before"):
+        if not isinstance(state.get(key, 0), int) or (key == "skipped" and state.get(key, 0) < 0):
+            raise damaged(key)
     for key in ("settings", "schedule"):
         if not isinstance(state[key], Mapping):
             raise damaged(key)
-    if not isinstance(state["history"], list) or len(state["history"]) > state["pass_index"]:
+    history = state["history"]
+    if not isinstance(history, list) or len(history) > state["pass_index"]:
         raise damaged("history")
+    if not all(isinstance(entry, Mapping) and {"pass", "kept"} <= set(entry) for entry in history):
+        raise damaged("history")
+    if not isinstance(state.get("score", ""), str):
+        raise damaged("score")
     # States of earlier versions have no average, or one of losses only.
     average = state.get("score_ema", 0.0)
     score = state.get("score", "ema" if average else "raw")
@@ -122,7 +130,7 @@ def parse(state: Any) -> PrunerState:
         visits_before=int(state["visits_before"]),
         full_before=int(state["full_before"]),
         plan=None if state["plan"] is None else _plan(state["plan"], num_samples),
-        history=[dict(entry) for entry in state["history"]],
+        history=[dict(entry) for entry in history],
     )
 
 
@@ -229,4 +237,6 @@ def _plan(plan: Any, num_samples: int) -> Plan:
     ):
         raise damaged("plan")
     blanks = plan.get("blanks", (0, 0))  # which earlier versions do not know of
+    if not isinstance(blanks, (list, tuple)) or len(blanks) != 2 or not 0 <= blanks[1] <= blanks[0] <= num_samples:
+        raise damaged("plan")
     return Plan(indices.cpu(), weights.cpu(), bool(plan["pruned"]), plan["threshold"], (int(blanks[0]), int(blanks[1])))

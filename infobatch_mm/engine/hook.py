@@ -28,7 +28,7 @@ from .books import Books
 from .checkpoints import CheckpointGuard, check_resume_point, check_state
 from .loader import BatchIndices, IndexedLoader
 from .param_schedule import SchedulerPacer, renew_max_iters
-from .resume import check_repeats, go_on, start_without_scores
+from .resume import check_repeats, check_units, go_on, start_without_scores
 from .sample_names import fingerprint
 from .samplers import InfoBatchSampler, given, run_seed
 from .takeover import check_runner, schedule_of, settings_of, take_over, watch, watched_visits
@@ -100,6 +100,7 @@ class InfoBatchHook(Hook):
         self._views: AttachedViews | None = None
         self._views_due = False
         self._num_repeats = 1
+        self._repeated = 0  # images of a repeated data set
         self._batches_to_end: list[int] = []
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
@@ -171,6 +172,7 @@ class InfoBatchHook(Hook):
         if seed is None:
             seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
         self._num_repeats = getattr(sampler, "repeats", 1)
+        self._repeated = loader.units.distinct
         return Pruner(
             schedule_of(runner, loop, loader),
             policy,
@@ -211,7 +213,10 @@ class InfoBatchHook(Hook):
         with refused_together():
             if self._state is not None:
                 check_state(self._state)
-                self._pruner.check_state(self._state["pruner"])
+                saved = self._state["pruner"]
+                if isinstance(saved, Mapping) and self._repeated:
+                    check_units(saved.get("num_samples"), self._pruner.schedule.num_samples, self._repeated)
+                self._pruner.check_state(saved)
                 check_repeats(self._state.get("num_repeats", 1), self._num_repeats)
             if is_main_process():  # to others a file may appear late
                 check_summary(runner.work_dir, self._pruner.summary())

@@ -20,10 +20,12 @@ class Units(NamedTuple):
     Attributes:
         dataset: The data set whose samples these are, one score each.
         message (str): What there is to say of repeats; '' where there are none.
+        distinct (int): Images of a repeat that is looked through; 0 where there is none.
     """
 
     dataset: Any
     message: str = ""
+    distinct: int = 0
 
 
 def is_repeat(dataset: Any) -> bool:
@@ -66,13 +68,14 @@ def scored_units(dataset: Any, batch_size: int, by_iteration: bool) -> Units:
         return Units(images if times == 1 else dataset, _copies(dataset))
     looked_through = "InfoBatch: the repeats of RepeatDataset are looked through: a pass is one over"
     if times == 1:
-        return Units(images, f"{looked_through} its {distinct:,} images, not over {length:,} repeated ones")
+        return Units(images, f"{looked_through} its {distinct:,} images, not over {length:,} repeated ones", distinct)
     kept = copy.copy(dataset)
     kept.dataset, kept.times, kept._ori_len, kept._fully_initialized = images, times, distinct, True
     return Units(
         kept,
         f"{looked_through} {times} copies of its {distinct:,} images, not over {length:,} repeated ones; of fewer "
         f"copies, batches of {batch_size} would leave out more than a tenth; each copy has a score of its own",
+        distinct,
     )
 
 

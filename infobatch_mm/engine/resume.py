@@ -26,6 +26,26 @@ def check_repeats(saved: int, num_repeats: int) -> None:
         )
 
 
+def check_units(saved: Any, here: int, distinct: int) -> None:
+    """Refuse a checkpoint whose passes are over another number of copies of the same images.
+
+    Args:
+        saved: Samples that the checkpoint scores.
+        here (int): Samples of this run.
+        distinct (int): Images that this run's data set repeats; its length where it repeats none.
+
+    Raises:
+        ValueError: With both numbers of copies.
+    """
+    if isinstance(saved, int) and saved != here and saved % distinct == 0 and (here != distinct or saved > here):
+        raise ValueError(
+            f"cannot resume: the checkpoint scores {saved // distinct} copies of the {distinct} images of a repeated "
+            f"data set, this run {here // distinct}: how many are kept depends on the global batch, so resume with the "
+            "checkpoint's; a checkpoint from before repeats were looked through can be trained on from its weights "
+            "(load_from)"
+        )
+
+
 def start_without_scores(runner: Any, pruner: Pruner, pacer: SchedulerPacer | None) -> None:
     """Take up a run that was not pruned so far.
 

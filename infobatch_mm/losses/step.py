@@ -222,7 +222,8 @@ class TrainingStep:
             if self.evaluated is not None and not self.reached:
                 raise ValueError(
                     f"{self.evaluated} was in evaluation mode in a training step, so InfoBatchHook has left its losses "
-                    "alone: call its train() before the step, and eval() on the parts that are to be frozen"
+                    "alone: call its train() before the step (another hook may have left it in eval()), and eval() on "
+                    "the parts that are to be frozen"
                 )
             return None, None
         scores, valid = result

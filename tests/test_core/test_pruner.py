@@ -190,7 +190,7 @@ def test_weights_of_a_sample_left_out_are_refused_with_index_and_pass():
     left_out = min(set(range(N)) - set(plan.indices.tolist()))
     with pytest.raises(ValueError) as refused:
         pruner.weights(torch.tensor([int(plan.indices[0]), left_out]))
-    assert str(left_out) in str(refused.value) and "pass 1" in str(refused.value)
+    assert str(left_out) in str(refused.value) and "pass 2" in str(refused.value)
 
 
 # ---- books --------------------------------------------------------------------------------------------------
@@ -453,3 +453,30 @@ def test_state_of_another_average_is_refused_and_one_of_none_is_that_of_earlier_
     with pytest.raises(ValueError, match=r"'score_ema': 0\.0.*'score_ema': 0\.8"):
         make(score_ema=0.8).check_state({key: value for key, value in plain.items() if key != "score_ema"})
     make().check_state({key: value for key, value in plain.items() if key != "score_ema"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("skipped", None),
+        ("skipped", -3),
+        ("visits_before", None),
+        ("full_before", "many"),
+        ("score", ["ema"]),
+        ("history", [None]),
+        ("history", [{}]),
+    ],
+)
+def test_values_that_make_no_sense_are_damage(key: str, value: object):
+    state = {**make().state_dict(), "pass_index": 1, key: value}
+    with pytest.raises(ValueError, match=f"damaged at '{key}'"):
+        make().check_state(state)
+
+
+@pytest.mark.parametrize("blanks", [None, (1,), (-5, 3), (3, 40)])
+def test_blanks_of_a_plan_that_make_no_sense_are_damage(blanks: object):
+    pruner = make()
+    pruner.begin_pass()
+    state = pruner.state_dict()
+    with pytest.raises(ValueError, match="damaged at 'plan'"):
+        make().check_state({**state, "plan": {**state["plan"], "blanks": blanks}})

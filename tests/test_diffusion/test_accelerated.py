@@ -161,7 +161,9 @@ def test_a_loss_that_is_not_a_number_is_no_score_and_stops_nothing():
     with pytest.warns(UserWarning) as found:
         by_pass = passes(run.train().journal)
     lines = [str(each.message) for each in found if "not finite" in str(each.message)]
-    assert len(lines) == 1 and lines[0].startswith("2 visits of pass 1 had a loss, or a noise level, that is not finite")
+    assert len(lines) == 1 and lines[0].startswith(
+        "2 visits of pass 1 had a loss, or a noise level, that is not finite"
+    )
     assert all(broken <= set(visits(steps)) for steps in by_pass.values())  # without a score never pruned
     assert run.pruner.store.seen.tolist() == [index not in broken for index in range(46)]
     assert run.infobatch.summary()["nonfinite_losses"] == 2 * 8

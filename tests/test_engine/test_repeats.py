@@ -19,6 +19,7 @@ from mmengine.runner import Runner
 from infobatch_mm.core.score_file import read_scores
 from infobatch_mm.demo.street import draw_dataset
 from infobatch_mm.engine.repeats import is_repeat, scored_units
+from infobatch_mm.engine.resume import check_units
 
 from .test_resume import killed_and_resumed
 from .toy import EPOCHS, ONE_LINE, Recorder, config, train
@@ -209,6 +210,14 @@ def test_a_killed_run_on_repeats_goes_on_exactly(twenty: Path, tmp_path: Path, k
     assert resumed.losses == straight.losses[start:]
     a, b = (scores(tmp_path / name)["score"] for name in ("straight", "killed"))
     assert np.array_equal(a, b)
+
+
+def test_another_batch_that_keeps_other_copies_is_told_apart_from_another_data_set() -> None:
+    check_units(20, 20, 20)
+    check_units(21, 20, 20)  # another data set, which is refused as one
+    for saved, here, there, now in ((20, 40, 1, 2), (40, 20, 2, 1), (800_000, 20, 40_000, 1)):
+        with pytest.raises(ValueError, match=rf"scores {there} copies of the 20 images .*, this run {now}: .*batch"):
+            check_units(saved, here, 20)
 
 
 def test_the_host_alone_takes_the_same_images_in_the_same_order(twenty: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from infobatch_mm import PruningPolicy
+from infobatch_mm import PruningPolicy, Thinning
 from infobatch_mm.core import EpochSchedule, Plan, Pruner, Snapshot, build_policy
 from infobatch_mm.core.policy_registry import registered
 from infobatch_mm.core.rng import generator
@@ -141,3 +141,46 @@ def test_another_policy_is_refused_on_resume(policy: PruningPolicy):
         if other.settings() != policy.settings():
             with pytest.raises(ValueError, match=r"the checkpoint was pruned with .*, this run has"):
                 Pruner(EpochSchedule(N, 10, BATCH), other).check_state(state)
+
+
+class Wrong(PruningPolicy):
+    """A user's, whose chances are what it was made with."""
+
+    name = "wrong"
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def is_active(self, progress: float) -> bool:
+        return True
+
+    def chances(self, snapshot: Snapshot) -> Any:
+        return self.found
+
+    def settings(self) -> dict[str, Any]:
+        return {"policy": self.name, "found": str(self.found)}
+
+
+MASK = torch.ones(N, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            Thinning(MASK[:-1], 0.5),
+            r"candidates are torch.bool of shape \(59,\), expected a bool tensor of shape \(60,",
+        ),
+        (Thinning(MASK.float(), 0.5), r"candidates are torch.float32"),
+        (Thinning(MASK.nonzero().flatten(), 0.5), r"candidates are torch.int64"),
+        (Thinning(MASK.numpy(), 0.5), r"candidates are ndarray"),
+        (Thinning(MASK, 1.0), r"ratio=1.0, expected a number in \[0, 1\)"),
+        (Thinning(MASK, -0.1), r"ratio=-0.1"),
+        (Thinning(MASK, torch.full((N,), 0.5)), r"ratio=tensor"),
+        (MASK, r"chances\(\) returned a Tensor, expected a Thinning or None"),
+    ],
+    ids=["short", "float", "indices", "numpy", "one", "negative", "vector", "bare"],
+)
+def test_chances_that_cannot_be_are_refused_with_the_policys_name(found: Any, message: str):
+    with pytest.raises(ValueError, match=r"policy 'wrong' \(Wrong\) gave chances that cannot be: " + message):
+        Wrong(found).plan(snapshot(), generator(0), BATCH)

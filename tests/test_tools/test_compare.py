@@ -398,6 +398,8 @@ def test_what_would_fail_later_is_refused_before_training(
 ) -> None:
     several, blind = tmp_path / "several.py", tmp_path / "blind.py"
     blind.write_text(f"_base_ = {pair[0]!r}\nval_evaluator = None")
+    pruned_blind = tmp_path / "pruned_blind.py"
+    pruned_blind.write_text(f"_base_ = {pair[1]!r}\nval_evaluator = None")
     several.write_text(f"_base_ = {pair[0]!r}\nparam_scheduler = dict(_delete_=True, generator=[])")
     cases = {
         "has no InfoBatchHook": pair[::-1],
@@ -406,11 +408,27 @@ def test_what_would_fail_later_is_refused_before_training(
         "absent.npz is not there": [*pair, "--cfg-options", "train_dataloader.dataset.ann_file=absent.npz"],
         "several optimisers": [str(several), pair[1], "--shortened"],
         "blind.py has no val_evaluator": [str(blind), pair[1]],
+        "pruned_blind.py has no val_evaluator": [pair[0], str(pruned_blind)],
     }
     for message, arguments in cases.items():
         with pytest.raises(SystemExit):
             compare(monkeypatch, *arguments)
         assert message in capsys.readouterr().err, message
+
+
+def test_configs_that_are_no_twins_are_told_apart() -> None:
+    from compare import untwinned
+
+    one = dict(model=dict(type="A"), train_cfg=dict(type="IterBasedTrainLoop", max_iters=9), train_dataloader=dict(x=1))
+    line = dict(custom_hooks=[dict(type="InfoBatchHook")], custom_imports=dict(imports=[]))
+    written_out = dict(
+        train_cfg=dict(type="InfoBatchIterLoop", max_iters=9),
+        train_dataloader=dict(x=1, sampler=dict(type="InfoBatchSampler")),
+    )
+    assert untwinned(Config(one), Config({**one, **line})) == []
+    assert untwinned(Config(one), Config({**one, **line, **written_out})) == []
+    other = {**one, **line, "model": dict(type="B"), "train_cfg": dict(type="IterBasedTrainLoop", max_iters=4)}
+    assert untwinned(Config(one), Config(other)) == ["model", "train_cfg"]
 
 
 def test_the_data_are_looked_for_where_the_data_sets_say(tmp_path: Path) -> None:
