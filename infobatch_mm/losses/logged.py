@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def from_contributions(host_loss: Tensor, weighted: Tensor, weights: Tensor, counted: Tensor | None = None) -> Tensor:
+def from_contributions(host_loss: Tensor, weighted: Tensor, weights: Tensor) -> Tensor:
     """What to show for a loss whose contributions by sample are known: ``B * sum(w_i c_i) / sum(w_i)``.
 
     Args:
@@ -19,19 +19,16 @@ def from_contributions(host_loss: Tensor, weighted: Tensor, weights: Tensor, cou
             weights are equal.
         weighted (Tensor): sum(w_i c_i), a scalar.
         weights (Tensor): w_i of the rows that stand for samples, shape ``(B,)``, on the losses' device.
-        counted (Tensor, optional): Which rows the host's normaliser counts, shape ``(B,)``, bool: without the blank
-            ones where it is the number of valid elements, so that B and the sum of the weights leave them out as
-            well. Defaults to all.
 
     Returns:
         Tensor: Without gradient, of the shape and dtype of ``host_loss``; the host's loss where this is not finite.
     """
     host_loss = host_loss.detach()
-    corrected = (weighted.detach() * _scale(weights, counted)).to(host_loss.dtype).view(host_loss.shape)
+    corrected = (weighted.detach() * _scale(weights)).to(host_loss.dtype).view(host_loss.shape)
     return torch.where(_uneven(weights) & corrected.isfinite(), corrected, host_loss)
 
 
-def from_own_losses(host_loss: Tensor, own: Tensor, weights: Tensor, counted: Tensor | None = None) -> Tensor:
+def from_own_losses(host_loss: Tensor, own: Tensor, weights: Tensor) -> Tensor:
     """What to show for a loss that is known on the batch and on each sample alone.
 
     The host's loss of the batch is multiplied by the mean of the own losses by weights and divided by their plain mean:
@@ -42,15 +39,13 @@ def from_own_losses(host_loss: Tensor, own: Tensor, weights: Tensor, counted: Te
         host_loss (Tensor): As above.
         own (Tensor): The host's loss on each sample alone, shape ``(B,)``.
         weights (Tensor): As above.
-        counted (Tensor, optional): As above.
 
     Returns:
         Tensor: Without gradient, of the shape and dtype of ``host_loss``; the host's loss where a sample's own is not
         finite.
     """
     host_loss, own = host_loss.detach(), own.detach()
-    ones = torch.ones_like(weights)
-    plain, weighted = (_mean(own, each, counted) for each in (ones, weights))
+    plain, weighted = own.mean(), (own * weights).sum() / weights.sum()
     of_one_sign = ((own >= 0).all() | (own <= 0).all()) & (plain != 0)
     shown = torch.where(of_one_sign, host_loss * (weighted / plain), host_loss + (weighted - plain))
     return torch.where(_uneven(weights) & shown.isfinite(), shown, host_loss).to(host_loss.dtype)
@@ -61,16 +56,8 @@ def factors_of_rows(weights: Tensor) -> Tensor:
     return torch.where(_uneven(weights), weights * _scale(weights), 1.0)
 
 
-def _scale(weights: Tensor, counted: Tensor | None = None) -> Tensor:
-    if counted is None:
-        return len(weights) / weights.sum()
-    return torch.count_nonzero(counted) / torch.where(counted, weights, 0).sum()
-
-
-def _mean(own: Tensor, weights: Tensor, counted: Tensor | None) -> Tensor:
-    if counted is not None:
-        own, weights = torch.where(counted, own, 0), torch.where(counted, weights, 0)
-    return (own * weights).sum() / weights.sum()
+def _scale(weights: Tensor) -> Tensor:
+    return len(weights) / weights.sum()
 
 
 def _uneven(weights: Tensor) -> Tensor:

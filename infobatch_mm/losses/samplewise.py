@@ -118,9 +118,7 @@ class SamplewiseView(LossView):
         weighed = {}
         for path, losses in per_sample.items():
             normaliser = self._reduction.normaliser(path, len(losses))
-            host_loss = loss_at(result, path)
-            # What is evaluated on the batch as one, as Lovász, leaves blank samples out.
-            weighed[path] = self.weigher.weigh(losses, host_loss, normaliser, self.title, own=True, counted=valid)
+            weighed[path] = self.weigher.weigh(losses, loss_at(result, path), normaliser, self.title, own=True)
         if empty and torch.is_grad_enabled():  # nothing was there to train on: the host knows what that is worth
             rng.restore(generators)
             with self._memory.aside():
@@ -135,17 +133,16 @@ class SamplewiseView(LossView):
         if self._shares is not None and self.weigher.pruned:
             with torch.no_grad():
                 shares = self._shares(self.owner, dict(arguments))
-        counted = valid if self._mean_over_valid else None
         shown = {}
         for path, loss in losses_in(result):
             own = per_sample.get(path, shares)
             self._distrust(loss, own)
             if shares is not None:
-                shown[path] = self.weigher.of_host(loss, shares, own=False, counted=counted)
+                shown[path] = self.weigher.of_host(loss, shares, own=False)
             elif own is not None and self.separable:
                 if valid is not None:  # a sample without a valid pixel may be 0/0 alone
                     own = torch.where(moved(valid, own.device) | own.isfinite(), own, 0)
-                shown[path] = self.weigher.of_host(loss, own, own=True, counted=counted)
+                shown[path] = self.weigher.of_host(loss, own, own=True)
         return replace_losses(result, shown)
 
     def _distrust(self, loss: Tensor, own: Tensor | None) -> None:

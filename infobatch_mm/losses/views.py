@@ -102,12 +102,7 @@ class VectorisedView(LossView):
                 sums = (weight.detach() if isinstance(weight, Tensor) else weight) * sums
             self.weigher.score(sums / losses.counts, losses.counts > 0)
         return self.weigher.weigh(
-            losses.sums,
-            losses.shown(),
-            losses.normaliser,
-            self.title,
-            mean_over_valid=losses.mean_over_valid,
-            counted=losses.counts > 0 if losses.mean_over_valid else None,
+            losses.sums, losses.shown(), losses.normaliser, self.title, mean_over_valid=losses.mean_over_valid
         )
 
     def _compare(self, args: tuple, kwargs: dict) -> None:

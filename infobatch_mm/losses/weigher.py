@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.devices import moved
 from . import logged
 from .gradients import ScaledGradient, ShownValue, ValueOfOne, along
 from .refusals import HOW_TO
@@ -28,7 +27,6 @@ class LossWeigher(TrainingStep):
         *,
         mean_over_valid: bool = False,
         own: bool = False,
-        counted: Tensor | None = None,
     ) -> Tensor:
         """The loss to hand back to the host: its value is comparable with the host's, its gradient is weighted.
 
@@ -45,8 +43,6 @@ class LossWeigher(TrainingStep):
                 depends on them; see :meth:`begin`. Defaults to False.
             own (bool): Whether these are the losses of samples alone, which need not add up to the host's. Defaults to
                 False.
-            counted (Tensor, optional): Which samples the value that is shown is a mean over, shape ``(B,)``, bool, on
-                any device: without the blank ones where the host leaves them out. Defaults to all.
 
         Returns:
             Tensor: Of ``host_loss``'s shape and dtype.
@@ -62,27 +58,24 @@ class LossWeigher(TrainingStep):
             )
         weighted = (per_sample * self.weights_on(per_sample.device)).sum() / normaliser
         self.distrust(~(per_sample.detach() / normaliser).isfinite())
-        alone = per_sample * (len(per_sample) / normaliser) if own else weighted
-        shown = self.shown(host_loss, alone, own=own, counted=counted)
+        shown = self.shown(host_loss, per_sample * (len(per_sample) / normaliser) if own else weighted, own=own)
         if mean_over_valid and self._in_hand.blank_factor != 1:
             weighted = weighted * self._in_hand.blank_factor
         return ValueOfOne.apply(shown, weighted.to(host_loss.dtype).view(host_loss.shape))
 
-    def shown(self, host_loss: Tensor, losses: Tensor, *, own: bool, counted: Tensor | None = None) -> Tensor:
+    def shown(self, host_loss: Tensor, losses: Tensor, *, own: bool) -> Tensor:
         """The value to show for a loss, without gradient: the host's in a full pass; see :mod:`.logged`.
 
         Args:
             host_loss (Tensor): The host's own reduced loss, of one element.
             losses (Tensor): The losses of samples alone, shape ``(B,)``, or the weighted sum of contributions.
             own (bool): Which of them these are.
-            counted (Tensor, optional): See :meth:`weigh`.
         """
         if not self._pruned:
             return host_loss.detach()
         weights = self.weights_on(losses.device)
         weights = weights.to(torch.promote_types(weights.dtype, losses.dtype))
-        counted = None if counted is None else moved(counted, weights.device)
-        return (logged.from_own_losses if own else logged.from_contributions)(host_loss, losses, weights, counted)
+        return (logged.from_own_losses if own else logged.from_contributions)(host_loss, losses, weights)
 
     @staticmethod
     def mark(loss: Tensor) -> Tensor:
@@ -126,7 +119,7 @@ class LossWeigher(TrainingStep):
         factors = along(logged.factors_of_rows(weights), losses, 0) if self._pruned else None
         return ScaledGradient.apply(losses, along(weights, losses, 0), factors)
 
-    def of_host(self, host_loss: Tensor, losses: Tensor, *, own: bool, counted: Tensor | None = None) -> Tensor:
+    def of_host(self, host_loss: Tensor, losses: Tensor, *, own: bool) -> Tensor:
         """The host's loss with its own gradient, which is weighted where it meets the predictions.
 
         Args:
@@ -134,13 +127,12 @@ class LossWeigher(TrainingStep):
             losses (Tensor): For the value that is shown in a pruned pass: the losses of samples alone, or what they
                 contribute to the host's, shape ``(B,)``.
             own (bool): Which of them these are.
-            counted (Tensor, optional): See :meth:`weigh`.
         """
         if not self._pruned:
             return host_loss
         if not own:
             losses = (losses * self.weights_on(losses.device)).sum()
-        return ShownValue.apply(self.shown(host_loss, losses, own=own, counted=counted), host_loss)
+        return ShownValue.apply(self.shown(host_loss, losses, own=own), host_loss)
 
 
 def samplewise_sum(elementwise: Tensor) -> Tensor:

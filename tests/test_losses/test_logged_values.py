@@ -76,26 +76,6 @@ def test_factors_of_rows_make_means_and_sums_comparable():
     assert logged.factors_of_rows(torch.full((3,), 2.0)).tolist() == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize("weights", [[1.0, 2, 2, 2], [1, 1, 1, 2], [2, 1, 1, 1]])
-@pytest.mark.parametrize("own", [False, True])
-def test_blank_rows_are_no_part_of_the_mean_where_the_host_leaves_them_out(weights, own):
-    """One blank row, and three whose loss is ln 3: whatever the weights, that is the mean."""
-    loss, weights = 1.0986, torch.tensor(weights)
-    counted = torch.tensor([False, True, True, True])
-    if own:
-        alone = torch.tensor([0.0, loss, loss, loss])
-        value = logged.from_own_losses(torch.tensor(loss), alone, weights, counted)
-    else:
-        parts = torch.tensor([0.0, loss, loss, loss]) / 3
-        value = logged.from_contributions(parts.sum(), (weights * parts).sum(), weights, counted)
-    assert float(value) == pytest.approx(loss, rel=1e-6)
-
-
-def test_a_batch_of_blank_rows_alone_shows_the_host():
-    value = logged.from_contributions(torch.tensor(0.0), torch.tensor(0.0), UNEVEN, torch.zeros(4, dtype=torch.bool))
-    assert float(value) == 0
-
-
 # ---------------------------------------------------------------- models
 
 
@@ -171,18 +151,3 @@ def test_the_log_does_not_jump_where_pruning_stops():
     for make in (tiny_model, lambda: with_head(InlineHead)):
         values = [total(weighed(make(), torch.ones(4), pruned).loss(inputs, samples)) for pruned in (True, False)]
         assert torch.equal(*values)
-
-
-@pytest.mark.parametrize("avg_non_ignore", [True, False])
-def test_a_blank_image_does_not_move_the_logged_loss_of_a_segmentor(avg_non_ignore):
-    """A model that knows nothing: the loss of every valid image is the logarithm of the number of classes."""
-    loss = dict(type="CrossEntropyLoss", avg_non_ignore=avg_non_ignore)
-    model = tiny_model(fcn(0, 4, num_convs=0, channels=4, loss=loss))
-    for parameter in model.decode_head.parameters():
-        nn.init.zeros_(parameter)
-    labels = make_labels(size=(8, 8), holes=0, blank=0)
-    weights = torch.tensor([1.0, 2.0, 2.0, 1.0])
-    value = float(total(weighed(model, weights, True).loss(make_inputs(size=(32, 32)), make_samples(labels))))
-    known = float(torch.tensor(float(model.decode_head.num_classes)).log())
-    # Where all pixels are counted, the blank image is a loss of 0 of its own weight.
-    assert value == pytest.approx(known if avg_non_ignore else known * 5 / 6, rel=1e-5)
