@@ -55,7 +55,7 @@ class Batch:
 
         Of weights that are all 1 it is the plain mean, to the bit.
         """
-        return per_sample.mean() if self.weights is None else weighted_mean(self.weights, per_sample)
+        return weighted_mean(self.weights, per_sample)
 
 
 def ranked_by(losses: Tensor, scores: Tensor) -> Tensor:

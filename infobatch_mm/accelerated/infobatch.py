@@ -23,12 +23,12 @@ from .checkpoints import CheckpointEntry, alike
 from .checks import check_accelerator
 from .loader import LoaderGeometry, PrunedLoader
 from .scheduler import PassScheduler, steps_by_update, warn_of_others
-from .standing import Standing
+from .standing import ScriptStanding
 from .updates import steps_due
 from .walk import PassWalk
 
 
-class AcceleratedInfoBatch(Standing):
+class AcceleratedInfoBatch(ScriptStanding):
     """InfoBatch for a training script on accelerate, such as diffusers' examples.
 
     Its :meth:`prepare` takes the place of ``accelerator.prepare``; the batches stay what they were, the losses go

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from accelerate import Accelerator
-
-from ..core.console import end_line, pass_line, say, unscored_line
-from ..core.ending import note
+from ..core.console import unscored_line
+from ..core.notices import Notices
 from ..core.pruner import Pruner
 
 
-class Notices:
-    """Tells a script, on its main process, what its passes come to.
-
-    Args:
-        accelerator (Accelerator): The run's.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._told: set[str] = set()
+class ScriptNotices(Notices):
+    """Tells a script what its passes come to."""
 
     def pass_done(self, pruner: Pruner, entry: dict[str, Any], nonfinite: int, wall_time_s: float) -> None:
         """A pass was booked, in which so many losses were not finite."""
-        if not self._accelerator.is_main_process:
+        if not self._speaks:
             return
-        say(pass_line(pruner))
-        note(pruner.pass_index, pruner.schedule.num_passes)
-        if pruner.pass_index == pruner.schedule.num_passes:
-            say(end_line(pruner, wall_time_s))
+        self._say_pass(pruner, wall_time_s)
         if nonfinite:
             self._warn(
                 "nonfinite",
@@ -73,8 +59,3 @@ class Notices:
             "to other samples than the batch whose loss is weighed; keep an entry for each sample of the data set, and "
             "read cache[infobatch.index]",
         )
-
-    def _warn(self, name: str, line: str) -> None:
-        if name not in self._told and self._accelerator.is_main_process:
-            self._told.add(name)
-            warnings.warn(line, stacklevel=5)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from accelerate import Accelerator
-
-from ..core import EpochSchedule, Pruner
+from ..core import EpochSchedule
+from ..core.standing import Standing
 from ..core.state import PrunerState
-from ..core.summary import check_summary, write_run
+from ..core.summary import check_summary
 from .checks import check_counts
 from .loader import LoaderGeometry
 from .scheduler import PassScheduler
@@ -18,22 +17,15 @@ from .updates import updates_expected
 from .walk import PassWalk
 
 
-class Standing:
+class ScriptStanding(Standing):
     """What :class:`.AcceleratedInfoBatch` says of itself between steps, to the script and to accelerate."""
 
-    _accelerator: Accelerator
-    _pruner: Pruner
     _schedule: EpochSchedule
     _geometry: LoaderGeometry
     _walk: PassWalk
     _schedulers: list[PassScheduler]
     _accumulated: int  # batches to an update
     _own_steps: dict[str, Any]  # settings of the schedule, which a loaded state may change
-
-    @property
-    def num_passes(self) -> int:
-        """Passes of the whole training, where a script's loop over epochs ends; the last one may be partial."""
-        return self._schedule.num_passes
 
     @property
     def passes_done(self) -> int:
@@ -62,25 +54,12 @@ class Standing:
 
         On several processes, visits that others skipped since the last :meth:`merge` are not known.
         """
-        schedule = self._schedule
         return self._pruner.summary(
             is_over=self._walk.is_pass_over,
             iterations=self._walk.iterations,
-            iterations_full=sum(schedule.full_batches(p) for p in range(schedule.num_passes)),
+            iterations_full=self._schedule.full_batches_before(self.num_passes),
             wall_time_s=round(self._walk.wall_time_s, 3),
         )
-
-    def write(
-        self, output_dir: str | os.PathLike[str], names: Sequence[str] | Iterable[Sequence[str]] | None = None
-    ) -> None:
-        """Write ``infobatch_summary.json`` and the scores (:func:`.write_scores`), on the main process.
-
-        Args:
-            output_dir (str | PathLike): Where to; made if it is not there.
-            names (Sequence[str] | Iterable[Sequence[str]], optional): Names of the samples, or chunks of them.
-        """
-        if self._accelerator.is_main_process:
-            write_run(output_dir, self.summary(), self._pruner.store, names)
 
     def check_output(self, output_dir: str | os.PathLike[str]) -> None:
         """Refuse to resume into a directory whose summary belongs to a run of other settings.

@@ -21,7 +21,7 @@ from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
 from .batch import Batch
 from .loader import LoaderGeometry, draws_nothing
-from .notices import Notices
+from .notices import ScriptNotices
 
 
 class PassWalk:
@@ -57,7 +57,7 @@ class PassWalk:
         self.walks = 0
         self.iterations = 0
         self.updates_done = 0
-        self._notices = Notices(accelerator)
+        self._notices = ScriptNotices(accelerator.is_main_process)
         self._meeting = Meeting()
         self._time_before = 0.0
         self.restart(0.0)

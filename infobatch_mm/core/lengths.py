@@ -62,7 +62,7 @@ def length_line(scheduler: Any, schedule: EpochSchedule, per_update: int, accumu
         return None
     # Scripts round what a process has of an epoch, its batches or its updates, and some count batches.
     slack = schedule.num_passes * (per_update - 1 + (accumulated > 1))
-    batches = sum(schedule.full_batches(p) for p in range(schedule.num_passes))
+    batches = schedule.full_batches_before(schedule.num_passes)
     if any(abs(length - updates * per_update) <= slack for updates in (schedule.total_steps, batches)):
         return None
     updates, rest = divmod(length, per_update)

@@ -98,6 +98,10 @@ class PruningPolicy(ABC):
         """
         if type(self).draw is not PruningPolicy.draw:
             return self.draw(snapshot.scores, snapshot.seen, generator, multiple_of)
+        return self._drawn(snapshot, generator, multiple_of)
+
+    def _drawn(self, snapshot: Snapshot, generator: torch.Generator, multiple_of: int) -> Plan | None:
+        """A plan with the chances of :meth:`chances`, which are checked."""
         found = self.chances(snapshot)
         if found is None:
             return None
@@ -118,9 +122,7 @@ class PruningPolicy(ABC):
         Returns:
             Plan | None: The plan in random order, or None where nothing can be pruned: the pass is then a full one.
         """
-        times_seen = seen.to(torch.int32)
-        found = self.chances(Snapshot(scores, seen, times_seen, progress=0.0))
-        return None if found is None else found.drawn(generator, multiple_of)
+        return self._drawn(Snapshot(scores, seen, seen.to(torch.int32), progress=0.0), generator, multiple_of)
 
     def settings(self) -> dict[str, Any]:
         """What identifies the policy in checkpoints and summaries: its name and arguments, as plain values.

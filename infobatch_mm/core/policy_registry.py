@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from .policy import PruningPolicy, check_delta, check_ratio
+from .registry import claim
 
 P = TypeVar("P", bound=type[PruningPolicy])
 
@@ -43,11 +44,7 @@ def register_policy(policy: P) -> P:
         raise ValueError(f"register_policy takes a subclass of PruningPolicy, got {policy!r}")
     if lacking := _lacking(policy):
         raise ValueError(f"{policy.__qualname__} is abstract: it lacks {lacking}")
-    name = _checked_name(policy)
-    there = _POLICIES.get(name, policy)
-    if _place(there) != _place(policy):
-        raise ValueError(f"the name {name!r} of {_place(policy)} is taken by {_place(there)}: use another")
-    _POLICIES[name] = policy
+    claim(_POLICIES, _checked_name(policy), policy)
     return policy
 
 
@@ -196,7 +193,3 @@ def _arguments(policy: type[PruningPolicy]) -> tuple[dict[str, inspect.Parameter
             return found, False
     # The last constructor takes what it likes, or there is none at all.
     return found, any("__init__" in vars(base) for base in policy.__mro__[:-1])
-
-
-def _place(policy: type) -> str:
-    return f"{policy.__module__}.{policy.__qualname__}"

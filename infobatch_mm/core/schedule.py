@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .plan import Plan
@@ -78,9 +78,21 @@ class Schedule(ABC):
     def full_visits(self, pass_index: int) -> int:
         """Visits that the unpruned run makes in the span of a pass."""
 
-    @abstractmethod
     def full_visits_before(self, pass_index: int) -> int:
-        """Visits that the unpruned run makes before a pass: the sum over the passes before it."""
+        """Visits that the unpruned run makes before a pass."""
+        return self._sum_before(self.full_visits, pass_index)
+
+    def full_batches_before(self, pass_index: int) -> int:
+        """Iterations that the unpruned run makes before a pass."""
+        return self._sum_before(self.full_batches, pass_index)
+
+    def _sum_before(self, count: Callable[[int], int], pass_index: int) -> int:
+        """Sum over the passes before one, of which there may be thousands: all but the schedule's last are alike."""
+        last = self.num_passes - 1
+        if pass_index <= last:
+            return pass_index * count(0)
+        beyond = pass_index - self.num_passes
+        return last * count(0) + count(last) + beyond * count(self.num_passes)
 
     def plan_visits(self, pass_index: int) -> int:
         """Visits that a plan of a pass is drawn for: where a resumed run has others, the pass is drawn again."""
@@ -174,11 +186,6 @@ class EpochSchedule(Schedule):
             return min(self._epoch_visits, self._last_batches * self.batch_size)
         return self._epoch_visits
 
-    def full_visits_before(self, pass_index: int) -> int:
-        # A pass beyond the schedule is a whole one.
-        partial = self._epoch_visits - self.full_visits(self.num_passes - 1) if pass_index >= self.num_passes else 0
-        return pass_index * self._epoch_visits - partial
-
     def plan_visits(self, pass_index: int) -> int:
         # What drop_last leaves out is in the plan.
         return self.full_visits(pass_index) if self._is_partial(pass_index) else self.num_samples
@@ -235,6 +242,3 @@ class IterSchedule(Schedule):
 
     def full_visits(self, pass_index: int) -> int:
         return self.start(pass_index + 1) - self.start(pass_index)
-
-    def full_visits_before(self, pass_index: int) -> int:
-        return self.start(pass_index)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import is_number, what_is_wrong
 from .distributed import Group
+from .registry import claim
 
 
 class Columns(Protocol):
@@ -110,10 +111,7 @@ def register_score(rule: R) -> R:
     Raises:
         ValueError: If another class has the name.
     """
-    there = _RULES.get(rule.name, rule)
-    if (there.__module__, there.__qualname__) != (rule.__module__, rule.__qualname__):
-        raise ValueError(f"the name {rule.name!r} of {rule.__qualname__} is taken by {there.__qualname__}: use another")
-    _RULES[rule.name] = rule
+    claim(_RULES, rule.name, rule)
     return rule
 
 

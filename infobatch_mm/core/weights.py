@@ -45,17 +45,19 @@ class PlanWeights:
         return self._by_sample[device]
 
 
-def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
+def weighted_mean(weights: Tensor | None, losses: Tensor) -> Tensor:
     """``sum(w * l) / sum(w)``, the mean loss of a batch as the unpruned run would see it.
 
     Args:
-        weights (Tensor): Shape ``(B,)``, float32; where one is 0, its loss is not looked at.
+        weights (Tensor, optional): Shape ``(B,)``, float32; where one is 0, its loss is not looked at. None for ones.
         losses (Tensor): Shape ``(B,)``, float32, on the same device.
 
     Returns:
         Tensor: Scalar, float32, without a gradient. For a log, never for an objective: dividing by the sum of the
         weights is biased.
     """
+    if weights is None:
+        return losses.detach().mean()
     losses = torch.where(weights == 0, 0.0, losses.detach())
     # The quotient is exactly 1 where all weights are: the plain mean, to the bit.
     return (weights * losses).mean() * (len(losses) / weights.sum())

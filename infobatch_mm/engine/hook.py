@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -100,8 +99,6 @@ class InfoBatchHook(Hook):
         self._views: AttachedViews | None = None
         self._views_due = False
         self._num_repeats = 1
-        self._repeated = 0  # images of a repeated data set
-        self._batches_to_end: list[int] = []
         self._pacer: SchedulerPacer | None = None
         self._batch: BatchIndices
         self._updates_before: list[int] = []
@@ -172,7 +169,6 @@ class InfoBatchHook(Hook):
         if seed is None:
             seed = sampler.seed if isinstance(sampler, InfoBatchSampler) else run_seed(runner)
         self._num_repeats = getattr(sampler, "repeats", 1)
-        self._repeated = loader.units.distinct
         return Pruner(
             schedule_of(runner, loop, loader),
             policy,
@@ -214,9 +210,9 @@ class InfoBatchHook(Hook):
             if self._state is not None:
                 check_state(self._state)
                 saved = self._state["pruner"]
-                if isinstance(saved, Mapping) and self._repeated:
-                    check_units(saved.get("num_samples"), self._pruner.schedule.num_samples, self._repeated)
-                self._pruner.check_state(saved)
+                if distinct := runner.train_dataloader.units.distinct:
+                    check_units(saved.get("num_samples"), self._pruner.schedule.num_samples, distinct)
+                self._state["pruner"] = self._pruner.check_state(saved)
                 check_repeats(self._state.get("num_repeats", 1), self._num_repeats)
             if is_main_process():  # to others a file may appear late
                 check_summary(runner.work_dir, self._pruner.summary())
@@ -303,18 +299,10 @@ class InfoBatchHook(Hook):
         if pruner is None:
             raise ValueError("InfoBatchHook has given this run back to the host: build a new Runner to train again")
         pruner.begin_pass()
-        later = self._batches_after(pruner.pass_index)
+        schedule, coming = pruner.schedule, min(pruner.pass_index + 1, pruner.schedule.num_passes)
+        later = schedule.full_batches_before(schedule.num_passes) - schedule.full_batches_before(coming)
         renew_max_iters(runner, runner.iter - pruner.batches_done + pruner.batches + later)
         self._books.begin_pass(runner, pruner)
-
-    def _batches_after(self, pass_index: int) -> int:
-        """Batches of all passes after one, unpruned. Their sums are kept: passes over few images are thousands."""
-        assert self._pruner is not None
-        schedule = self._pruner.schedule
-        if not self._batches_to_end:
-            backwards = (schedule.full_batches(p) for p in reversed(range(schedule.num_passes)))
-            self._batches_to_end = list(accumulate(backwards, initial=0))
-        return self._batches_to_end[max(0, schedule.num_passes - 1 - pass_index)]
 
     def before_train_epoch(self, runner: Any) -> None:
         """Look at the model's losses anew in the first batch: other hooks may exchange them in an epoch's beginning."""

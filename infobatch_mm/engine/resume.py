@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core import EpochSchedule, IterSchedule, Pruner
+from ..core.state import PrunerState
 from .param_schedule import SchedulerPacer
 
 
@@ -80,34 +81,37 @@ def go_on(runner: Any, pruner: Pruner, pacer: SchedulerPacer | None, state: Mapp
         runner (Runner): Stands where its checkpoint was written.
         pruner (Pruner): Of this run, at its beginning.
         pacer (SchedulerPacer, optional): None where the host's own loop goes on.
-        state (Mapping): The hook's state, which was checked.
+        state (Mapping): The hook's state, which was checked, and its pruner's read where it was.
 
     Raises:
         ValueError: If nothing is left to train.
     """
-    goes_on = pruner.load_state_dict(state["pruner"])
+    parsed = pruner.check_state(state["pruner"])
+    goes_on = pruner.load_state_dict(parsed)
     if pacer is not None:
         pacer.taken = int(state["scheduler_steps"])
     if not goes_on:
-        _draw_anew(runner, pruner, pacer, state)
+        _draw_anew(runner, pruner, pacer, parsed, state["scheduler_steps"])
     if pacer is None and isinstance(pruner.schedule, EpochSchedule):
         pruner.visited = 0  # the host's own loop starts an epoch anew
 
 
-def _draw_anew(runner: Any, pruner: Pruner, pacer: SchedulerPacer | None, state: Mapping[str, Any]) -> None:
+def _draw_anew(
+    runner: Any, pruner: Pruner, pacer: SchedulerPacer | None, state: PrunerState, scheduler_steps: int
+) -> None:
     """Go on in a schedule of other passes than the checkpoint's."""
-    schedule, batch_size = pruner.schedule, state["pruner"]["batch_size"]
+    schedule, batch_size = pruner.schedule, state.batch_size
     # Iterations are the host's measure there: as many samples as the batch now holds.
     if isinstance(schedule, IterSchedule):
         _find_position(pruner, runner.iter if pacer is None else pacer.taken, is_watched=pacer is None)
     if batch_size != schedule.batch_size:
         differs = f"a global batch of {batch_size}, this run has {schedule.batch_size}"
     else:
-        before = state["pruner"]["schedule"]["total_steps"]
+        before = state.schedule["total_steps"]
         differs = f"a schedule of {before} iterations of full data, this run has {schedule.total_steps}"
     if pruner.finished:
         raise ValueError(
-            f"cannot resume: the checkpoint was written with {differs}, and stands at {state['scheduler_steps']} of "
+            f"cannot resume: the checkpoint was written with {differs}, and stands at {scheduler_steps} of "
             "them: nothing is left to train; use a longer schedule"
         )
     visits = schedule.full_visits(pruner.pass_index) if pacer is None else len(pruner.begin_pass())

@@ -28,10 +28,10 @@ from .passes import Passes
 from .sampler import WalkSampler
 from .scheduler import ProgressScheduler
 from .sizes import Sizes, checked_batch
-from .standing import Standing
+from .standing import LoopStanding
 
 
-class InfoBatch(Standing):
+class InfoBatch(LoopStanding):
     """InfoBatch for a training loop of your own.
 
     Skips a share of the samples that the model already knows in each pass and rescales the loss of the others so that
@@ -244,8 +244,7 @@ class InfoBatch(Standing):
         """
         if self._last is None:
             raise ValueError("no batch was weighed yet: infobatch.loss is the mean loss of the last one")
-        weights, losses = self._last
-        return losses.mean() if weights is None else weighted_mean(weights, losses)
+        return weighted_mean(*self._last)
 
     def merge(self, timeout_s: float = PATIENCE_S) -> None:
         """Exchange the scores of this pass among processes, before a checkpoint; every process must call it.

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-from ..core.console import end_line, pass_line, say, unscored_line
-from ..core.ending import note
+from ..core.console import unscored_line
+from ..core.notices import Notices
 from ..core.pruner import Pruner
 from .walk import Walk
 
 
-class Notices:
-    """Tells a script what its passes come to."""
+class LoopNotices(Notices):
+    """Tells a loop what its passes come to."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._idle = 0  # walks on end of which nothing was weighed
         self._again = 0  # visits of the pass before that were weighed once more
-        self._told: set[str] = set()
 
     def begin(self) -> None:
         """A walk begins."""
@@ -58,10 +57,7 @@ class Notices:
 
     def pass_done(self, pruner: Pruner, entry: dict[str, Any], has_our_loader: bool) -> None:
         """A pass was booked."""
-        say(pass_line(pruner))
-        note(pruner.pass_index, pruner.schedule.num_passes)
-        if pruner.pass_index == pruner.schedule.num_passes:
-            say(end_line(pruner))
+        self._say_pass(pruner)
         if line := unscored_line(pruner):
             self._warn("unscored", line)
         if entry["skipped"]:
@@ -72,8 +68,3 @@ class Notices:
                 "booked as skipped (visits_skipped in the summary; this is said once). Were batches left out on purpose"
                 f"{'' if has_our_loader else again}?",
             )
-
-    def _warn(self, name: str, line: str) -> None:
-        if name not in self._told:
-            self._told.add(name)
-            warnings.warn(line, stacklevel=5)

@@ -14,7 +14,7 @@ from ..core.distributed import gather, rank, world_size
 from ..core.meeting import Meeting
 from ..core.pruner import Pruner
 from .looks import Looks, one_loss_each
-from .notices import Notices
+from .notices import LoopNotices
 from .sizes import Sizes
 from .walk import Walk
 
@@ -45,7 +45,7 @@ class Passes:
         self._before: Walk | None = None  # the walk before, while something that it delivered waits to be weighed
         self._late: list[tuple[Walk, Looks, bool]] = []
         self._skipped_before = 0  # on this process, in the pass in hand, before the walk in hand
-        self._notices = Notices()
+        self._notices = LoopNotices()
         self.is_resumed = False
         self._meeting = Meeting(pruner.group)
         self.schedulers: WeakSet[Any] = WeakSet()  # one that was replaced is not to go on stepping

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ..core.distributed import rank
-from ..core.pruner import Pruner
-from ..core.summary import write_run
+from ..core.standing import Standing
 from .passes import Passes
 
 
-class Standing:
+class LoopStanding(Standing):
     """What :class:`.InfoBatch` says of itself between steps."""
 
-    _pruner: Pruner
     _passes: Passes
     _identity: dict[str, Any]  # settings that a resumed run must have as well
 
@@ -24,30 +20,12 @@ class Standing:
         """Passes that are done; where a loop over epochs goes on after a resume."""
         return self._passes.locate() + self._pruner.pass_index  # in this order: the one may book the pass
 
-    @property
-    def num_passes(self) -> int:
-        """Passes of the whole training; the last one may be partial where it is counted in steps."""
-        return self._pruner.schedule.num_passes
-
     def summary(self) -> dict[str, Any]:
         """Policy, passes, visits, saved share and one entry per finished pass, as plain numbers.
 
         On several processes, visits that others skipped since the last ``merge()`` are not known.
         """
         return self._pruner.summary(is_over=self._passes.locate())
-
-    def write(
-        self, output_dir: str | os.PathLike[str], names: Sequence[str] | Iterable[Sequence[str]] | None = None
-    ) -> None:
-        """Write ``infobatch_summary.json`` and the scores (:func:`.write_scores`), on the first process.
-
-        Args:
-            output_dir (str | PathLike): Where to; made if it is not there.
-            names (Sequence[str] | Iterable[Sequence[str]], optional): Names of the samples, or chunks of them.
-        """
-        summary = self.summary()
-        if rank(self._pruner.group) == 0:
-            write_run(output_dir, summary, self._pruner.store, names)
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: plain tensors and numbers, loads with ``weights_only=True``.
