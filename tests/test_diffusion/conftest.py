@@ -1,4 +1,4 @@
-"""Shared by the tests of the example scripts."""
+"""Shared by the tests of scripts on accelerate."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def no_accelerator_of_another_test() -> Iterator[None]:
+    """Have the next test's ``Accelerator`` be as the first."""
+    from launching import forget_accelerators
+
+    yield
+    forget_accelerators()
 
 
 @pytest.fixture

@@ -39,10 +39,7 @@ ACCUMULATED = Setup(accumulate=4)
 NOISY = Setup(samples=30, epochs=6, noise=True, item_seed=True)
 
 
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 
 
 def passes(journal: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from launching import accelerate_launch
 
-from .toy import SCHEDULERS, Run, forget_accelerators
+from .toy import SCHEDULERS, Run
 from .two_processes import CUTS, LEFT_AT, PASSES, POLICIES, RESUMED, SAVED_AT, SIZES, STEPS, TRAININGS
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.usefixtures("no_accelerator_of_another_test")]
 
 #: Losses, scores and parameters of a training on two processes and on one.
 TOLERANCE = 1e-5
@@ -74,12 +73,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
 
 
 # ---- who sees what ----------------------------------------------------------------------------------------

@@ -23,11 +23,7 @@ from infobatch_mm.diffusion.denoising import draw, log_snr
 
 from .toy import forget_accelerators
 
-
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,13 +26,9 @@ from torch.optim.lr_scheduler import (
 from infobatch_mm.core import EpochSchedule
 from infobatch_mm.core.lengths import length_line, length_of
 
-from .toy import Run, Setup, forget_accelerators
+from .toy import Run, Setup
 
-
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 
 
 def optimizer() -> torch.optim.Optimizer:

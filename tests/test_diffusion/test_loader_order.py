@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +11,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
-from launching import forget_accelerators
 
 from infobatch_mm import keeps_order
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 
-
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 
 
 class Captions(Dataset):

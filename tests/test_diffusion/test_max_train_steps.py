@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,14 @@ from torch.utils.data import DataLoader
 from infobatch_mm.accelerated import AcceleratedInfoBatch
 from infobatch_mm.core import ending
 
-from .toy import Points, Run, Setup, forget_accelerators
+from .toy import Points, Run, Setup
 
 #: Updates of 12 batches of an epoch: less than an epoch, one, whole epochs, and parts of one.
 STEPS = {1: (5, 12, 87, 95, 96), 4: (2, 3, 22, 23, 24)}
 CASES = [(accumulate, steps) for accumulate, each in STEPS.items() for steps in each]
 
 
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 
 
 def passes(journal: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

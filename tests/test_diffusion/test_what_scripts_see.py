@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,7 @@ from infobatch_mm.diffusion import AcceleratedInfoBatch
 
 from .toy import Points, Run, Setup, forget_accelerators
 
-
-@pytest.fixture(autouse=True)
-def no_accelerator_of_another_test() -> Iterator[None]:
-    yield
-    forget_accelerators()
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 
 
 # ---- the loss that is logged -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.model import BaseModule
 from mmengine.structures import PixelData
+from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 from oracle import EPS, build, encoder_decoder, fcn, make_samples
 from torch import nn
@@ -46,6 +47,17 @@ def with_head(head, dtype=torch.float32, **attributes):
     for name, value in attributes.items():
         setattr(model.decode_head, name, value)
     return model
+
+
+def with_loss(**loss):
+    """A maker of the tiny model, whose head has this loss."""
+
+    def make():
+        model = with_head(FCNHead)
+        model.decode_head.loss_decode = MODELS.build(loss)
+        return model
+
+    return make
 
 
 #: Both kinds of pass.

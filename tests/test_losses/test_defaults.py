@@ -7,9 +7,8 @@ from torch import nn
 pytest.importorskip("mmseg")
 pytest.importorskip("mmpretrain")
 from mmseg.models.decode_heads import FCNHead
-from mmseg.registry import MODELS
 from oracle import ce, gradients, make_inputs, make_labels, make_samples, make_weights, total
-from oracle_losses import labels_of, passes, tiny_model, with_head
+from oracle_losses import labels_of, passes, tiny_model, with_head, with_loss
 
 from infobatch_mm.losses import LossWeigher, attach_views
 from infobatch_mm.losses.dissect.arguments import BatchedArguments, have_instances
@@ -21,15 +20,6 @@ class InlineHead(FCNHead):
         labels = labels_of(batch_data_samples)
         pixels = nn.functional.cross_entropy(seg_logits, labels, ignore_index=255, reduction="none")
         return dict(loss_own=pixels.mean())
-
-
-def with_loss(**loss):
-    def make():
-        model = with_head(FCNHead)
-        model.decode_head.loss_decode = MODELS.build(loss)
-        return model
-
-    return make
 
 
 CASES = {

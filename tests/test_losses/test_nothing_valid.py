@@ -6,9 +6,8 @@ from torch import nn
 
 pytest.importorskip("mmseg")
 from mmseg.models.decode_heads import FCNHead
-from mmseg.registry import MODELS
 from oracle import assert_same_tensors, ce, fcn, gradients, make_inputs, make_labels, make_samples, total
-from oracle_losses import labels_of, passes, tiny_model, with_head
+from oracle_losses import labels_of, passes, tiny_model, with_head, with_loss
 
 from infobatch_mm.losses import LossWeigher, SampleLosses, attach_views, register_head_view, registry
 
@@ -50,15 +49,6 @@ def silent_view(head, seg_logits, batch_data_samples):
         return dict(shown=seg_logits.detach().mean())
     pixels = nn.functional.cross_entropy(seg_logits, labels, ignore_index=255, reduction="none")
     return dict(loss_own=SampleLosses(pixels.flatten(1).sum(1), counts.sum(), counts, mean_over_valid=True))
-
-
-def with_loss(**loss):
-    def make():
-        model = with_head(FCNHead)
-        model.decode_head.loss_decode = MODELS.build(loss)
-        return model
-
-    return make
 
 
 LOVASZ = dict(type="LovaszLoss", reduction="none")
