@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -125,19 +126,30 @@ class Run:
             if process.is_alive():
                 os.kill(process.pid, how)
 
-    def wait(self, timeout: float = 300) -> list[int]:
-        """Wait for all ranks; returns their exit codes, negative for a signal."""
+    def wait(self, timeout: float = 200) -> list[int]:
+        """Wait for all ranks; returns their exit codes, negative for a signal.
+
+        Raises:
+            TimeoutError: If one has hung, with where each of its threads and workers stands.
+        """
+        end = time.monotonic() + timeout
         for process in self.processes:
-            process.join(timeout)
+            process.join(max(0, end - time.monotonic()))
             if process.exitcode is None:
-                self.kill()
-                process.join()
-                raise TimeoutError(f"a rank has hung:\n{self.output()[-2000:]}")
-        for process in self.processes:
-            # A worker waits for ever where its rank was killed with a lock of theirs in hand.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                self._signal_groups(signal.SIGUSR1)  # each writes down where it stands
+                time.sleep(2)
+                self._signal_groups(signal.SIGKILL)
+                told = (f"rank {rank}:\n{self.output(rank)[-6000:]}" for rank in range(len(self.processes)))
+                raise TimeoutError("\n".join(["a rank has hung", *told]))
+        # A worker waits for ever where its rank was killed with a lock of theirs in hand.
+        self._signal_groups(signal.SIGKILL)
         return [process.exitcode for process in self.processes]
+
+    def _signal_groups(self, how: int) -> None:
+        """Send a signal to all ranks and to their workers."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, how)
 
     def finish(self) -> Run:
         """Wait for a run that is to succeed."""
@@ -161,6 +173,7 @@ def _train(
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(sink, stream.fileno())
+    faulthandler.register(signal.SIGUSR1)  # what hangs is asked where: see Run.wait
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and so by us, in a shell's background jobs
     config = Config(cfg)
