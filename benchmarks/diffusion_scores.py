@@ -2,7 +2,7 @@
 
     python benchmarks/diffusion_scores.py OUTPUT_DIR [OUTPUT_DIR ...] --latents_dir DIR [--images 800] [--truth 64]
 
-OUTPUT_DIR is that of a finished run of tools/train_ldm.py, DIR its cached latents. With the final model held, some of
+OUTPUT_DIR is where a run of tools/train_ldm.py has finished, DIR its cached latents. With the final model held, some of
 the images are visited as in so many passes, each time at one random timestep, and scored by the package's own store:
 the last loss (raw), its average over the visits (ema), the average of its share of the mean at its noise level
 (timestep). Each is compared with the images' expected loss, the mean over many timesteps spread over the schedule: by

@@ -68,7 +68,7 @@ def look(model: nn.Module, chosen: DataLoader, stores: dict[float, ScoreStore], 
     reliability = of_images * draws / (1 + of_images * (draws - 1))  # Spearman-Brown: of the mean of all draws
     title = (
         f"after epoch {epoch}; of the variance of one draw, {of_crops:.1%} lies between crops where the mask is drawn, "
-        f"{of_images:.1%} between images where the crop is too; of that of the mean of {draws}, {reliability:.1%}; "
+        f"{of_images:.1%} between images where the crop is too; of the mean of {draws}, {reliability:.1%}; "
         f"{np.mean(truth < truth.mean()):.1%} of the images are below the mean"
     )
     table = Table("score", "rank correlation", "same side of the mean", title=title)

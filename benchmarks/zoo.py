@@ -5,9 +5,9 @@
 One config of each folder (the cheapest; ADE20K's in MMSegmentation and in MMPretrain ImageNet-1k's where there is one)
 is built on the CPU, without pretrained weights and with BatchNorm for SyncBN, and takes training steps on random images
 and labels, as small as the model allows. Reported are: the relative error of loss and gradients with all weights 1
-against the untouched model; that of the gradients with random weights against an oracle, which forms the weighted
-objective from the host's own losses; and the median ratio of alternating steps with weighing and without. Exits with 1
-if a folder that is weighed misses a tolerance.
+against the untouched model; the relative error of the gradients with random weights against an oracle, which
+forms the weighted objective from the host's own losses; and the median ratio of alternating steps with weighing and
+without. Exits with 1 if a folder that is weighed misses a tolerance.
 
 Of MMPretrain the classifiers are weighed, those by which self-supervised methods are evaluated among them; the steps
 include the data preprocessor, and with it Mixup and CutMix. mmpretrain_selfsup weighs what trains without labels, at

@@ -127,7 +127,7 @@ class MMPretrain(Host):
 
     @contextmanager
     def oracle(self, model: nn.Module, weights: Tensor) -> Iterator[None]:
-        """The sum of weight times the host's loss of each image alone; that of a mixed one is the product of both."""
+        """The sum of weight times the host's loss of each image alone; a mixed one's weight is the product of both."""
         of_images = weights.clone()
         augment = model.data_preprocessor.batch_augments
         mixed = augment and partial(weighed_mixing, weights, of_images, augment)

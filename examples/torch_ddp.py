@@ -28,7 +28,7 @@ from infobatch_mm import InfoBatch
 
 
 class Stripes(Dataset):
-    """Striped images of 16 x 16 in four directions, some hard to see, shifted and disturbed anew at each visit."""
+    """Striped images of 16 x 16 in four directions, some hard to see; each visit shifts and disturbs them otherwise."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
         drawn = torch.Generator().manual_seed(seed)

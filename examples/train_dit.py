@@ -4,7 +4,7 @@ accelerate launch examples/train_dit.py --train_data_dir pictures --output_dir d
 accelerate launch examples/train_dit.py --train_data_dir pictures --output_dir dit --resume_from_checkpoint
 accelerate launch examples/train_dit.py --train_data_dir pictures --resolution 256 --vae stabilityai/sd-vae-ft-ema ...
 
-The pictures lie in a folder per class. The model is that of Peebles and Xie (ICCV 2023), a small one without a config;
+The pictures lie in a folder per class. The model is Peebles and Xie's (ICCV 2023), a small one without a config;
 noise levels are drawn and passed as in Stable Diffusion 3 (Esser et al., ICML 2024), as timesteps of sigma x 1000.
 
 It is an ordinary accelerate script, but for the lines that are marked:

@@ -2,6 +2,7 @@
 
 from . import scores as _scores  # noqa: F401 - known by their names from here on
 from .core import Plan, PruningPolicy, Snapshot, Thinning, keeps_order, register_policy
+from .core.score_rule import ScoreRule, register_score
 from .loop import InfoBatch
 from .policies import InfoBatchPolicy, NoPruning, RandomPolicy
 from .version import __version__
@@ -13,9 +14,11 @@ __all__ = [
     "Plan",
     "PruningPolicy",
     "RandomPolicy",
+    "ScoreRule",
     "Snapshot",
     "Thinning",
     "__version__",
     "keeps_order",
     "register_policy",
+    "register_score",
 ]

@@ -22,14 +22,14 @@ class NpzDataset(BaseDataset):
     """A split of images and labels from one local ``.npz`` file.
 
     The file holds ``{split}_x``, shape ``(N, H, W, 3)``, uint8, RGB; ``{split}_y``, shape ``(N,)``, integers;
-    and possibly ``classes``, the names of the classes. Samples come with their image, as those of the host's
-    CIFAR: a pipeline needs no loading, and the data preprocessor ``to_rgb=False``. In a config without
+    and possibly ``classes``, the names of the classes. Samples come with their image, as from the host's CIFAR:
+    a pipeline needs no loading, and the data preprocessor ``to_rgb=False``. In a config without
     ``custom_imports``, its type is ``'infobatch_mm.datasets.NpzDataset'``.
 
     Args:
         ann_file (str): Path of the file, relative to ``data_root`` if that is given.
         split (str): Which split, the first part of its arrays' names. Defaults to ``'train'``.
-        metainfo (dict, optional): Its ``classes`` come before those of the file. Defaults to None.
+        metainfo (dict, optional): Its ``classes`` come before the file's. Defaults to None.
         kwargs: As for mmpretrain's ``BaseDataset``: ``data_root, pipeline, indices, test_mode, ...``.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def config_roots(host: str) -> tuple[Path, Path]:
-    """Where a host's configs can be: below the package of a wheel, beside that of a source checkout.
+    """Where a host's configs can be: below the package in a wheel, beside the package in a source checkout.
 
     Args:
         host (str): Import name of the host, which is located, not imported.

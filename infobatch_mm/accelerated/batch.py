@@ -16,14 +16,14 @@ class Batch:
 
     Attributes:
         index (Tensor): Sample indices, shape ``(B,)``, int64, on the accelerator's device.
-        weights (Tensor, optional): Shape ``(B,)``, float32, there too; None for ones.
+        weights (Tensor): Shape ``(B,)``, float32, there too.
         pass_index (int): The pass it belongs to.
         is_weighed (bool): Whether it was weighed.
         is_settled (bool): Whether it was counted as skipped, when the next one was asked for.
     """
 
     index: Tensor
-    weights: Tensor | None
+    weights: Tensor
     pass_index: int
     is_weighed: bool = False
     is_settled: bool = False
@@ -48,7 +48,7 @@ class Batch:
 
     def weighted(self, per_sample: Tensor) -> Tensor:
         """What is trained on, ``mean(w * l)``: a scalar, float32."""
-        return per_sample.mean() if self.weights is None else (self.weights * per_sample).mean()
+        return (self.weights * per_sample).mean()
 
     def mean(self, per_sample: Tensor) -> Tensor:
         """What the unpruned run would log, as far as this batch tells, ``sum(w * l) / sum(w)``: a scalar, float32.

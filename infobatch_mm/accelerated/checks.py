@@ -51,6 +51,19 @@ def check_accelerator(accelerator: Any) -> None:
         raise ValueError(error)
 
 
+def check_unprepared(dataloader: Any) -> None:
+    """Refuse a loader that accelerate shares out already: it is to be rebuilt first.
+
+    Raises:
+        ValueError: With what to do.
+    """
+    if getattr(dataloader, "_is_accelerate_prepared", False):
+        raise ValueError(
+            "the train dataloader is prepared already: give it to AcceleratedInfoBatch as it was before "
+            "accelerator.prepare, and call infobatch.prepare in its place"
+        )
+
+
 def process_mismatch(shares: int) -> str | None:
     """What is wrong where accelerate shares the data among fewer or more processes than there are; None if nothing.
 

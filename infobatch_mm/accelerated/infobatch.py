@@ -11,17 +11,19 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..core import EpochSchedule, Pruner, PruningPolicy, build_policy
+from ..core import EpochSchedule, Pruner, PruningPolicy, Training, Watcher, build_policy
 from ..core.checks import checked_length, whole_number
 from ..core.distributed import require_equal
 from ..core.lengths import length_line
 from ..core.meeting import PATIENCE_S
+from ..core.score_rule import ScoreRule
 from ..core.short_runs import short_run_line
 from ..policies import NoPruning
 from .batch import Batch, ranked_by
 from .checkpoints import CheckpointEntry, alike
-from .checks import check_accelerator
+from .checks import check_accelerator, check_unprepared
 from .loader import LoaderGeometry, PrunedLoader
+from .order import Order, OwnOrder, PlannedOrder
 from .scheduler import PassScheduler, steps_by_update, warn_of_others
 from .standing import ScriptStanding
 from .updates import steps_due
@@ -52,10 +54,11 @@ class AcceleratedInfoBatch(ScriptStanding):
         seed (int): Seed of the draws, the same on every process. Defaults to 0.
         item_seed (bool): Whether items are read under a seed made of seed, pass and position, so that augmentations
             repeat after a resume. Defaults to False.
-        score (str, optional): What samples are ranked by: ``'raw'``, their last loss, as in the paper; ``'ema'``, the
-            average over their visits; ``'timestep'``, that of losses over the mean loss at their noise level, which
-            needs the ``log_snr`` of :meth:`weigh`: a denoising loss depends on its random timestep first of all. See
-            :class:`.ScoreStore`. Defaults to ``'raw'``, or ``'ema'`` where ``score_ema`` is given.
+        score (str | dict | ScoreRule, optional): What samples are ranked by: ``'raw'``, their last loss, as in the
+            paper; ``'ema'``, the average over their visits; ``'timestep'``, the average of losses over the mean loss at
+            their noise level, which needs the ``log_snr`` of :meth:`weigh`: a denoising loss depends on its random
+            timestep first of all; a registered score of your own by its name or as ``dict(type=name, ...)``; or an
+            instance. Defaults to ``'raw'``, or ``'ema'`` where ``score_ema`` is given.
         score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
         fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
 
@@ -92,7 +95,7 @@ class AcceleratedInfoBatch(ScriptStanding):
         policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
         seed: int = 0,
         item_seed: bool = False,
-        score: str | None = None,
+        score: str | Mapping[str, Any] | ScoreRule | None = None,
         score_ema: float | None = None,
         fingerprint: str = "",
     ) -> None:
@@ -100,26 +103,15 @@ class AcceleratedInfoBatch(ScriptStanding):
         num_epochs, max_train_steps = checked_length(num_epochs, max_train_steps)
         seed = whole_number("seed", seed, 0, "use 0 or a positive number")
         chosen = build_policy(policy, prune_ratio, delta)
-        if getattr(dataloader, "_is_accelerate_prepared", False):
-            raise ValueError(
-                "the train dataloader is prepared already: give it to AcceleratedInfoBatch as it was before "
-                "accelerator.prepare, and call infobatch.prepare in its place"
-            )
+        check_unprepared(dataloader)
         geometry = LoaderGeometry(accelerator, dataloader)
-        num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
-        self._keeps_order = isinstance(chosen, NoPruning)
-        if geometry.batch_size > num_samples and not self._keeps_order:
-            raise ValueError(
-                f"one global batch holds {geometry.batch_size} samples but the data set only {num_samples}: "
-                "there is nothing to prune within a pass; use a smaller batch size"
-            )
         self._accelerator = accelerator
         self._accumulated = accelerator.gradient_accumulation_steps
         # accelerate makes one step per process at each update, unless batches are split among them: as many here,
         # so that the learning rates are the same on any number of processes.
         self._per_update = 1 if accelerator.split_batches else accelerator.num_processes
         schedule = EpochSchedule(
-            num_samples,
+            len(dataloader.dataset),  # type: ignore[arg-type]
             num_epochs,
             geometry.batch_size,
             geometry.epoch_batches,
@@ -127,12 +119,20 @@ class AcceleratedInfoBatch(ScriptStanding):
             max_steps=max_train_steps,
         )
         self._own_steps = schedule.settings()
-        pruner = Pruner(schedule, chosen, seed, geometry.shuffle, fingerprint, item_seed, score_ema, score)
+        settings = (schedule, chosen, seed, geometry.shuffle, fingerprint, item_seed, score_ema, score)
+        pruner: Training
+        order: Order
+        if isinstance(chosen, NoPruning):
+            pruner = watcher = Watcher(*settings)
+            order = OwnOrder(watcher, geometry)
+        else:
+            pruner = planner = Pruner(*settings)
+            order = PlannedOrder(planner, geometry)
         require_equal(num_epochs=num_epochs, max_train_steps=max_train_steps, **pruner.identity())
         self._pruner, self._geometry, self._schedule = pruner, geometry, schedule
-        self._walk = PassWalk(accelerator, pruner, geometry, self._keeps_order, self._check_schedulers)
+        self._walk = PassWalk(accelerator, pruner, geometry, order, self._check_schedulers)
         self._dataloader = dataloader
-        self._rebuilt = geometry.rebuilt(dataloader, pruner, self._keeps_order)
+        self._rebuilt = order.rebuilt(dataloader)
         self._schedulers: list[PassScheduler] = []
         self._checkpoints: CheckpointEntry
         self._last: tuple[Batch, Tensor] | None = None  # what was weighed last, and its losses
@@ -156,8 +156,8 @@ class AcceleratedInfoBatch(ScriptStanding):
             kwargs: As for ``accelerator.prepare``.
 
         Returns:
-            The prepared objects in the same order. The ``len`` of the train dataloader is that of an unpruned epoch
-            until its first walk, for scripts that size their schedules by it, then that of the pass.
+            The prepared objects in the same order. The ``len`` of the train dataloader is an unpruned epoch's
+            until its first walk, for scripts that size their schedules by it, and the pass's from then on.
 
         Raises:
             ValueError: If the train dataloader is not among the objects.
@@ -173,7 +173,7 @@ class AcceleratedInfoBatch(ScriptStanding):
         for i, (each, result) in enumerate(zip(objects, prepared, strict=True)):
             if each is self._dataloader:
                 prepared[i] = self._pruned_loader(result)
-            elif steps_by_update(result) and not self._keeps_order:
+            elif steps_by_update(result) and not self._pruner.keeps_order:
                 prepared[i] = self._pass_scheduler(result)
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
@@ -270,7 +270,7 @@ class AcceleratedInfoBatch(ScriptStanding):
 
     def _check_schedulers(self) -> None:
         """Say so if a schedule is left to count updates, of which there are fewer."""
-        if not self._keeps_order:
+        if not self._pruner.keeps_order:
             warn_of_others(self._accelerator, self._schedulers)
 
     @property

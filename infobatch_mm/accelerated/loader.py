@@ -1,4 +1,4 @@
-"""A user's ``DataLoader`` over plans, as accelerate is to prepare it."""
+"""How accelerate cuts a user's ``DataLoader`` into steps, and what the script walks in its place."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from ..core import PlanSampler, Pruner
-from ..core.collate import IndexedCollate
-from ..core.loader import IndexedItems, check_indexable, worker_options
-from ..core.sampler import SeededIndex, filled_up
+from ..core.loader import check_indexable
 
 
 class LoaderGeometry:
@@ -30,6 +26,7 @@ class LoaderGeometry:
         epoch_batches (int): Steps of an epoch, on the process that makes the most of them.
         ragged (bool): Whether the last step of a full epoch finds no samples, or fewer, on some processes.
         shuffle (bool): Whether epochs are in random order.
+        multiple (int): What accelerate fills a full epoch up to a multiple of.
 
     Raises:
         ValueError: For a loader whose samples cannot be chosen by index.
@@ -64,82 +61,8 @@ class LoaderGeometry:
         has_tail = world > 1 and not self.drop_last and bool(num_samples % self.batch_size)
         dispatched = bool(accelerator.dispatch_batches)
         self.ragged = has_tail and not dispatched and not accelerator.even_batches
-        # What accelerate would fill a tail up to: the processes' batches, or just something for each of them.
-        self._multiple = 1 if self.ragged or not has_tail else world if dispatched else self.batch_size
-
-    def rebuilt(self, loader: DataLoader, pruner: Pruner, keeps_order: bool) -> DataLoader:
-        """The loader with indexed batches.
-
-        Args:
-            loader (DataLoader): The user's.
-            pruner (Pruner): Whose plans to walk.
-            keeps_order (bool): Whether to walk in the order of the user's own sampler instead.
-
-        Raises:
-            ValueError: If plans are to be walked and the sampler is one that chooses samples itself.
-        """
-        batching = loader.batch_sampler
-        assert isinstance(batching, BatchSampler)
-        sampler = batching.sampler
-        if not keeps_order:
-            plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
-            if not plain or len(sampler) != len(loader.dataset):
-                raise ValueError(
-                    f"the train dataloader has a {type(sampler).__name__} of {len(sampler)} draws from "
-                    f"{len(loader.dataset)} samples: pruning chooses the samples itself; use shuffle=True or False, "
-                    "before accelerator.prepare"
-                )
-            sampler = _EvenPlanSampler(pruner, self._multiple)
-        rebuilt = DataLoader(
-            IndexedItems(loader.dataset),
-            batch_size=batching.batch_size,
-            sampler=sampler,
-            drop_last=batching.drop_last,
-            collate_fn=IndexedCollate(loader.collate_fn),
-            worker_init_fn=loader.worker_init_fn,
-            generator=loader.generator,
-            **worker_options(loader),
-        )
-        if keeps_order and pruner.item_seed:
-            seeded = _SeededBatches(sampler, batching.batch_size, batching.drop_last)
-            seeded.pruner = pruner
-            # A loader that is given a batch sampler forgets its drop_last, for which accelerate asks it.
-            vars(rebuilt)["batch_sampler"] = seeded
-        return rebuilt
-
-
-class _SeededBatches(BatchSampler):
-    """Batches in the order of any sampler, whose indices carry the seeds of their items.
-
-    A batch sampler, because accelerate may put a sampler of its own in place of a plain one.
-    """
-
-    pruner: Pruner
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = 0
-        for batch in super().__iter__():
-            seeds = ((self.pruner.seed, self.pruner.pass_index, position + i) for i in range(len(batch)))
-            yield [SeededIndex(index, seed) for index, seed in zip(batch, seeds, strict=True)]
-            position += len(batch)
-
-
-class _EvenPlanSampler(PlanSampler):
-    """Walks the whole plan, for accelerate to share out, filled up to where accelerate would fill it up.
-
-    The samples that fill up are the first ones of the pass, as accelerate's are, also where a resumed walk begins
-    in its midst. Only full passes can need any.
-    """
-
-    def __init__(self, pruner: Pruner, multiple: int) -> None:
-        super().__init__(pruner)
-        self._multiple = multiple
-
-    def _share(self, indices: Tensor) -> Tensor:
-        return filled_up(indices, self._multiple)
-
-    def _share_of(self, visits: int) -> int:
-        return visits + -visits % self._multiple
+        # The processes' batches, or just something for each of them.
+        self.multiple = 1 if self.ragged or not has_tail else world if dispatched else self.batch_size
 
 
 class PrunedLoader:

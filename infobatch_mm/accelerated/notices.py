@@ -6,40 +6,40 @@ from typing import Any
 
 from ..core.console import unscored_line
 from ..core.notices import Notices
-from ..core.pruner import Pruner
+from ..core.training import Training
 
 
 class ScriptNotices(Notices):
     """Tells a script what its passes come to."""
 
-    def pass_done(self, pruner: Pruner, entry: dict[str, Any], nonfinite: int, wall_time_s: float) -> None:
+    def pass_done(self, training: Training, entry: dict[str, Any], nonfinite: int, wall_time_s: float) -> None:
         """A pass was booked, in which so many losses were not finite."""
         if not self._speaks:
             return
-        self._say_pass(pruner, wall_time_s)
+        self._say_pass(training, wall_time_s)
         if nonfinite:
             self._warn(
                 "nonfinite",
-                f"{nonfinite} visits of pass {pruner.pass_index} had a loss, or a noise level, that is not finite: "
+                f"{nonfinite} visits of pass {training.pass_index} had a loss, or a noise level, that is not finite: "
                 "they are no scores, and samples without one are never pruned (later passes say so in their line)",
             )
         if entry["skipped"]:
             self._warn(
                 "skipped",
-                f"{entry['skipped']} visits of pass {pruner.pass_index} were handed out and not weighed (later passes "
-                "say so in their line): call infobatch.weigh() for every batch; after a resume skip none, the loader "
-                "goes on where the checkpoint was saved",
+                f"{entry['skipped']} visits of pass {training.pass_index} were handed out and not weighed (later "
+                "passes say so in their line): call infobatch.weigh() for every batch; after a resume skip none, the "
+                "loader goes on where the checkpoint was saved",
             )
-        if line := unscored_line(pruner):
+        if line := unscored_line(training):
             self._warn("unscored", line)
 
-    def beyond_the_end(self, pruner: Pruner) -> None:
+    def beyond_the_end(self, training: Training) -> None:
         """A walk begins after the last pass."""
         self._warn(
             "end",
-            f"pass {pruner.pass_index + 1} of a training of {pruner.schedule.num_passes} epochs, which is done: give "
-            "AcceleratedInfoBatch the length by which the script ends, max_train_steps= or num_epochs=, and let its "
-            "loop be `for epoch in range(infobatch.passes_done, infobatch.num_passes)`",
+            f"pass {training.pass_index + 1} of a training of {training.schedule.num_passes} epochs, which is done: "
+            "give AcceleratedInfoBatch the length by which the script ends, max_train_steps= or num_epochs=, and let "
+            "its loop be `for epoch in range(infobatch.passes_done, infobatch.num_passes)`",
         )
 
     def idle(self, start: int) -> None:

@@ -57,7 +57,7 @@ class PassScheduler:
 
     @property
     def follows_its_arguments(self) -> bool:
-        """Whether its length is that of this run, and not one that comes with a checkpoint.
+        """Whether this run says its length, and not a checkpoint.
 
         A ``LambdaLR``, as all of diffusers' schedulers are, keeps its function out of checkpoints.
         """

@@ -39,7 +39,7 @@ class ScriptStanding(Standing):
 
     @property
     def updates_expected(self) -> int:
-        """Optimiser steps of the whole training: those of passes to come as far as the last pruned one tells.
+        """Optimiser steps of the whole training; passes to come are estimated from the last pruned one.
 
         For a progress bar's remaining time. Exact from the last pruned pass on.
         """

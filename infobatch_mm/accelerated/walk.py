@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.data_loader import skip_first_batches
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..core.distributed import gather
 from ..core.ending import note
 from ..core.meeting import Meeting
-from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
+from ..core.training import Training
 from .batch import Batch
 from .loader import LoaderGeometry, draws_nothing
 from .notices import ScriptNotices
+from .order import Order
 
 
 class PassWalk:
@@ -29,9 +29,9 @@ class PassWalk:
 
     Args:
         accelerator (Accelerator): The run's.
-        pruner (Pruner): Whose plans, with an :class:`.EpochSchedule`.
+        training (Training): Whose passes, with an :class:`.EpochSchedule`.
         geometry (LoaderGeometry): How accelerate cuts an epoch into steps.
-        keeps_order (bool): Whether the user's own sampler is walked, and the pruner keeps the books alone.
+        order (Order): In which they are walked.
         before_first (Callable[[], None]): Called at the begin of the first walk.
 
     Attributes:
@@ -44,15 +44,15 @@ class PassWalk:
     def __init__(
         self,
         accelerator: Accelerator,
-        pruner: Pruner,
+        training: Training,
         geometry: LoaderGeometry,
-        keeps_order: bool,
+        order: Order,
         before_first: Callable[[], None],
     ) -> None:
         self._accelerator = accelerator
-        self._pruner = pruner
+        self._training = training
         self._geometry = geometry
-        self._keeps_order = keeps_order
+        self._order = order
         self._before_first = before_first
         self.walks = 0
         self.iterations = 0
@@ -63,12 +63,12 @@ class PassWalk:
         self.restart(0.0)
 
     def restart(self, wall_time_s: float) -> None:
-        """Stand where the pruner stands, with no batch in hand, after so many seconds of training."""
+        """Stand where the training stands, with no batch in hand, after so many seconds of training."""
         self.in_hand: Batch | None = None
         self._touched = False  # whether anything was weighed in the walk in hand
         self._begun: tuple[int, int] | None = None  # pass and position where it began
         self._late: list[tuple[Batch, Tensor, Tensor | None]] = []
-        self._nonfinite_known = self._pruner.store.num_nonfinite
+        self._nonfinite_known = self._training.store.num_nonfinite
         self._time_before = wall_time_s
         self._started = time.perf_counter()
 
@@ -82,23 +82,23 @@ class PassWalk:
     @property
     def schedule(self) -> EpochSchedule:
         """The training as passes."""
-        assert isinstance(self._pruner.schedule, EpochSchedule)
-        return self._pruner.schedule
+        assert isinstance(self._training.schedule, EpochSchedule)
+        return self._training.schedule
 
     @property
     def batches(self) -> int:
         """Steps of the current pass."""
-        return self.schedule.full_batches(self._pruner.pass_index) if self._keeps_order else self._pruner.batches
+        return self._training.batches
 
     @property
     def batches_done(self) -> int:
         """Of these, the ones that are done."""
-        return math.ceil(self._pruner.visited / self._geometry.batch_size)
+        return math.ceil(self._training.visited / self._geometry.batch_size)
 
     @property
     def is_pass_over(self) -> bool:
         """Whether all of the current pass was walked, which is not booked yet."""
-        return self._pruner.visited > 0 and self.batches_done >= self.batches
+        return self._training.visited > 0 and self.batches_done >= self.batches
 
     @property
     def length(self) -> int:
@@ -108,14 +108,14 @@ class PassWalk:
     @property
     def _visits(self) -> int:
         """Visits of the current pass, over all processes; without what ``drop_last`` leaves out."""
-        plan = self._pruner.plan
+        plan = self._training.plan
         planned = self.schedule.num_samples if plan is None else len(plan)
         return min(planned, self.batches * self._geometry.batch_size)
 
     @property
     def _is_even(self) -> bool:
         """Whether every batch of the current pass is full, so that all processes make as many steps."""
-        plan = self._pruner.plan
+        plan = self._training.plan
         return plan is not None and self._visits % self._geometry.batch_size == 0
 
     # ---- a walk ------------------------------------------------------------------------------------
@@ -126,28 +126,26 @@ class PassWalk:
         Args:
             prepared (DataLoader): What accelerate made of the loader over the plans.
         """
-        pruner = self._pruner
+        training = self._training
         if self._touched or self.is_pass_over:
             self.finish_pass()  # it was broken off, or a state was saved at its very end
         if not self.walks:
             self._before_first()
-        if pruner.finished:
-            self._notices.beyond_the_end(pruner)
+        if training.finished:
+            self._notices.beyond_the_end(training)
         self.walks += 1
         walk, self.in_hand = self.walks, None
-        if not self._keeps_order:
-            pruner.begin_pass()
+        training.open_pass()
         self.settle_late()  # only now: on no process may they change the plan
-        current = pruner.pass_index
+        current = training.pass_index
         if self._begun is not None and self._begun[0] == current:  # of the walk before nothing was weighed
-            pruner.visited, pruner.own_skipped = self._begun[1], 0
-        start = pruner.visited
+            training.visited, training.own_skipped = self._begun[1], 0
+        start = training.visited
         self._begun = (current, start)
         batches, cut = self._batches_from(prepared)
         for index, batch in batches:
             self._settle()
-            weights = None if self._keeps_order else pruner.weights(index)
-            self.in_hand = Batch(index, weights, pruner.pass_index)
+            self.in_hand = Batch(index, training.weights(index), training.pass_index)
             yield batch
             if walk != self.walks:
                 raise ValueError(
@@ -157,34 +155,33 @@ class PassWalk:
         if cut is not None:
             cut.end()  # type: ignore[attr-defined] # as accelerate does at the end of its own walks
         self._settle()
-        if pruner.pass_index != current:
+        if training.pass_index != current:
             return  # merge() has ended it with its last batch
         # Where some processes have no last batch, the others still train on theirs: they meet at the next walk.
         meets = not self._geometry.ragged or self._is_even
         if any(gather(self._touched)) if meets else self._touched or self.in_hand is None:
-            pruner.visited = self._visits  # also where the last batch was the other processes'
+            training.visited = self._visits  # also where the last batch was the other processes'
             if meets:
                 self.finish_pass()
         else:  # a walk of which nothing is weighed counts for nothing
-            pruner.visited, pruner.own_skipped = start, 0
+            training.visited, training.own_skipped = start, 0
             self._notices.idle(start)
 
     def _batches_from(self, prepared: DataLoader) -> tuple[Iterator[tuple[Tensor, Any]], DataLoader | None]:
         """Indices and batches of the rest of the pass, and the loader if they end before its own do."""
-        pruner, done = self._pruner, self.batches_done
-        # A host's own order begins anew, or where its seedable sampler was, and is skipped through.
-        prepared.set_epoch(pruner.pass_index)  # type: ignore[attr-defined]
-        loader = skip_first_batches(prepared, done) if done and self._keeps_order else prepared
-        loader.iteration = pruner.pass_index  # type: ignore[attr-defined]
+        training, done = self._training, self.batches_done
+        prepared.set_epoch(training.pass_index)  # type: ignore[attr-defined]
+        loader = self._order.rest(prepared, done)
+        loader.iteration = training.pass_index  # type: ignore[attr-defined]
         batches = iter(loader)
         with draws_nothing(loader) if done else contextlib.nullcontext():
             first = next(batches, None)
         if self._is_even:
             loader.remainder = -1  # every batch is full; accelerate takes it from the size of the data set
         rest = itertools.chain([] if first is None else [first], batches)
-        if not self._keeps_order or self.batches == self._geometry.epoch_batches:
-            return rest, None
-        return itertools.islice(rest, self.batches - done), loader
+        if self._order.outlasts(self.batches):
+            return itertools.islice(rest, self.batches - done), loader
+        return rest, None
 
     def take(self, batch: Batch, ranked: Tensor, log_snr: Tensor | None) -> None:
         """Book a batch whose losses were weighed: once, and also after its pass has ended.
@@ -202,11 +199,11 @@ class PassWalk:
         if batch.is_settled:
             self._late.append((batch, ranked.detach(), log_snr))
             return
-        self._pruner.record(batch.index, ranked, log_snr=log_snr)
+        self._training.record(batch.index, ranked, log_snr=log_snr)
         self._touched = True
         self._advance()
         if self.is_pass_over and self._accelerator.is_main_process:
-            note(self._pruner.pass_index + 1, self.schedule.num_passes)  # a script may stop here by a break
+            note(self._training.pass_index + 1, self.schedule.num_passes)  # a script may stop here by a break
 
     def merge(self, timeout_s: float) -> None:
         """Exchange what the processes know; every process must call it. A pass that is over is booked.
@@ -221,7 +218,7 @@ class PassWalk:
         if self.is_pass_over:
             self.finish_pass()
         self.settle_late()
-        self._pruner.merge()
+        self._training.merge()
 
     def _settle(self) -> None:
         """Count the visits of a batch that was handed out and not weighed, as after a loss that is NaN."""
@@ -229,27 +226,27 @@ class PassWalk:
         if batch is None or batch.is_weighed or batch.is_settled:
             return
         batch.is_settled = True
-        self._pruner.own_skipped += len(batch.index)
+        self._training.own_skipped += len(batch.index)
         self._advance()
 
     def settle_late(self) -> None:
         """Take down what was weighed after its pass had ended, as loops do that fetch one batch ahead."""
         late, self._late = self._late, []
         for batch, ranked, log_snr in late:
-            self._pruner.record(batch.index, ranked, log_snr=log_snr)
-            self._pruner.correct(batch.pass_index, len(batch.index))
+            self._training.record(batch.index, ranked, log_snr=log_snr)
+            self._training.correct(batch.pass_index, len(batch.index))
 
     def _advance(self) -> None:
         """Move on by the batch in hand, of all processes."""
-        self._pruner.advance(min(self._geometry.batch_size, self._visits - self._pruner.visited))
+        self._training.advance(min(self._geometry.batch_size, self._visits - self._training.visited))
 
     # ---- the end of a pass -------------------------------------------------------------------------
 
     def finish_pass(self) -> None:
         """End the pass, and say what it came to; every process must call it."""
         self._touched = False
-        pruner = self._pruner
-        entry = pruner.finish_pass()
-        found = pruner.store.num_nonfinite
+        training = self._training
+        entry = training.finish_pass()
+        found = training.store.num_nonfinite
         fresh, self._nonfinite_known = found - self._nonfinite_known, found
-        self._notices.pass_done(pruner, entry, fresh, self.wall_time_s)
+        self._notices.pass_done(training, entry, fresh, self.wall_time_s)

@@ -9,6 +9,8 @@ from .sampler import PlanSampler
 from .schedule import EpochSchedule, IterSchedule, Schedule
 from .score_file import read_scores
 from .store import ScoreStore
+from .training import Training
+from .watcher import Watcher
 
 __all__ = [
     "AnnealedPolicy",
@@ -22,6 +24,8 @@ __all__ = [
     "ScoreStore",
     "Snapshot",
     "Thinning",
+    "Training",
+    "Watcher",
     "build_policy",
     "full_plan",
     "keeps_order",

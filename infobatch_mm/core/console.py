@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pruner import Pruner
+    from .training import Training
 
 logger = logging.getLogger("infobatch_mm")
 
@@ -23,42 +23,42 @@ def say(line: str, level: int = logging.INFO) -> None:
         print(line, file=sys.stderr)
 
 
-def pass_line(pruner: Pruner) -> str:
+def pass_line(training: Training) -> str:
     """What the last finished pass visited, what is saved so far, and what gave no scores."""
-    entry = pruner.history[-1]
+    entry = training.history[-1]
     line = (
-        f"InfoBatch pass {entry['pass'] + 1} of {pruner.schedule.num_passes} done: kept {entry['kept_ratio']:.1%}, "
-        f"saved so far {pruner.saved_ratio:.1%}"
+        f"InfoBatch pass {entry['pass'] + 1} of {training.schedule.num_passes} done: kept {entry['kept_ratio']:.1%}, "
+        f"saved so far {training.saved_ratio:.1%}"
     )
-    return "; ".join([line, *_unusable(entry, pruner)])
+    return "; ".join([line, *_unusable(entry, training)])
 
 
-def _unusable(entry: dict[str, Any], pruner: Pruner) -> list[str]:
-    store, found = pruner.store, []
+def _unusable(entry: dict[str, Any], training: Training) -> list[str]:
+    store, found = training.store, []
     if entry["skipped"]:
         found.append(f"{_count(entry['skipped'], 'visit')} skipped")
     if store.num_nonfinite:
         found.append(f"{_count(store.num_nonfinite, 'visit')} so far with a NaN or infinite loss")
     if store.num_invalid:
         found.append(f"{_count(store.num_invalid, 'visit')} so far without a valid pixel or of a replaced sample")
-    if pruner.store.num_unscored:
-        found.append(f"{_count(pruner.store.num_unscored, 'sample')} without a score")
+    if training.store.num_unscored:
+        found.append(f"{_count(training.store.num_unscored, 'sample')} without a score")
     return found
 
 
-def end_line(pruner: Pruner, wall_time_s: float | None = None) -> str:
+def end_line(training: Training, wall_time_s: float | None = None) -> str:
     """What the whole run visited, and what it saved."""
     time = "" if wall_time_s is None else f", {wall_time_s:,.0f} s"
-    skipped = f" and {pruner.visits_skipped:,} skipped" if pruner.visits_skipped else ""
+    skipped = f" and {training.visits_skipped:,} skipped" if training.visits_skipped else ""
     return (
-        f"InfoBatch: {_count(pruner.visits, 'visit')}{skipped} in place of {pruner.visits_full:,}, "
-        f"{pruner.saved_ratio:.1%} saved, in {_count(pruner.pass_index, 'pass', 'passes')}{time}"
+        f"InfoBatch: {_count(training.visits, 'visit')}{skipped} in place of {training.visits_full:,}, "
+        f"{training.saved_ratio:.1%} saved, in {_count(training.pass_index, 'pass', 'passes')}{time}"
     )
 
 
-def unscored_line(pruner: Pruner) -> str | None:
+def unscored_line(training: Training) -> str | None:
     """A warning where at least a tenth of the samples gave no score and so are never pruned; None elsewhere."""
-    without, num_samples = pruner.store.num_unscored, pruner.schedule.num_samples
+    without, num_samples = training.store.num_unscored, training.schedule.num_samples
     if 10 * without < num_samples:
         return None
     return (

@@ -6,7 +6,7 @@ import warnings
 
 from .console import end_line, pass_line, say
 from .ending import note
-from .pruner import Pruner
+from .training import Training
 
 
 class Notices:
@@ -20,12 +20,12 @@ class Notices:
         self._speaks = speaks
         self._told: set[str] = set()
 
-    def _say_pass(self, pruner: Pruner, wall_time_s: float | None = None) -> None:
+    def _say_pass(self, training: Training, wall_time_s: float | None = None) -> None:
         """Say what the pass that was booked last came to, and what the whole training did at its end."""
-        say(pass_line(pruner))
-        note(pruner.pass_index, pruner.schedule.num_passes)
-        if pruner.pass_index == pruner.schedule.num_passes:
-            say(end_line(pruner, wall_time_s))
+        say(pass_line(training))
+        note(training.pass_index, training.schedule.num_passes)
+        if training.pass_index == training.schedule.num_passes:
+            say(end_line(training, wall_time_s))
 
     def _warn(self, name: str, line: str) -> None:
         """Warn of something, unless it was said before under this name."""

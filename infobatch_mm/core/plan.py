@@ -34,7 +34,7 @@ class Plan:
         return self.indices.numel()
 
     def pair_weights(self, first: Tensor, second: Tensor) -> Tensor:
-        """Weights of losses that two different samples of the plan share, as those of mixed images do.
+        """Weights of losses that two different samples of the plan share, as in mixed images.
 
         A full pass mixes a sample with each of the N - 1 others alike; this one with each of the K - 1 others
         that it visits, and only if both were drawn. The weight that undoes this is (K-1) / (N-1) over the

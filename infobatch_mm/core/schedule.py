@@ -117,10 +117,10 @@ class EpochSchedule(Schedule):
         epoch_visits (int, optional): Visits of an unpruned epoch, where a ``drop_last`` of other batches leaves some
             out. Defaults to those in ``epoch_batches``.
         max_steps (int, optional): Steps of the host's per-iteration schedulers in the whole unpruned training, at
-            least 1. Defaults to those of ``num_epochs`` epochs.
+            least 1. Defaults to the steps of ``num_epochs`` epochs.
 
     Attributes:
-        pass_steps (int): Steps of the host's per-iteration schedulers in a pass: those of an unpruned epoch of
+        pass_steps (int): Steps of the host's per-iteration schedulers in a pass, as many as in an unpruned epoch of
             the run that made them.
         max_steps (int, optional): As above.
     """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
@@ -38,6 +41,8 @@ class ScoreRule(ABC):
     overwrites = False
     #: Whether losses wait for the end of their pass before they become scores; see :meth:`hold`.
     defers = False
+    #: Whether a loss is nothing without its noise level, which models of MMEngine do not tell.
+    needs_noise_levels = False
     #: First version of the state that knows of it.
     state_version = 1
     score_ema = 0.0
@@ -48,6 +53,13 @@ class ScoreRule(ABC):
     def settings(self) -> dict[str, Any]:
         """What identifies the rule in checkpoints and summaries, as plain values."""
         return {"score": self.name, "score_ema": self.score_ema}
+
+    def __repr__(self) -> str:
+        # The form that build_score() takes: a host that writes its config down, with an instance in it, writes Python
+        # that can be read again.
+        taken = inspect.signature(type(self)).parameters
+        arguments = {key: value for key, value in self.settings().items() if key in taken}
+        return f"dict({', '.join(f'{key}={value!r}' for key, value in {'type': self.name, **arguments}.items())})"
 
     @abstractmethod
     def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:
@@ -106,11 +118,21 @@ _RULES: dict[str, type[ScoreRule]] = {}
 
 
 def register_score(rule: R) -> R:
-    """Make a score known by its ``name``; decorates the class.
+    """Make a score known by its ``name``, so that every host can name it; decorates the class.
+
+    Args:
+        rule (type): The class. Its constructor takes ``group``, and hands it on.
+
+    Returns:
+        type: The same class.
 
     Raises:
-        ValueError: If another class has the name.
+        ValueError: If it is no score, has no name, or another class has it.
     """
+    if not isinstance(rule, type) or not issubclass(rule, ScoreRule):
+        raise ValueError(f"register_score takes a subclass of ScoreRule, got {rule!r}")
+    if not isinstance(name := getattr(rule, "name", None), str) or not name:
+        raise ValueError(f"{rule.__qualname__} has name={name!r}: a score is selected by its name, a text")
     claim(_RULES, rule.name, rule)
     return rule
 
@@ -121,13 +143,14 @@ def registered() -> dict[str, type[ScoreRule]]:
 
 
 def build_score(
-    score: str | Mapping[str, Any] | None = None, score_ema: float | None = None, group: Group = None
+    score: str | Mapping[str, Any] | ScoreRule | None = None, score_ema: float | None = None, group: Group = None
 ) -> ScoreRule:
     """Turn the user's choice into a rule.
 
     Args:
-        score (str | dict, optional): A name, or ``dict(type=name, ...)`` with arguments of its own. Defaults to None:
-            ``'ema'`` where ``score_ema`` is given and not 0, else ``'raw'``.
+        score (str | dict | ScoreRule, optional): A name, ``dict(type=name, ...)`` with arguments of its own, or an
+            instance, of which the training takes a copy. Defaults to None: ``'ema'`` where ``score_ema`` is given and
+            not 0, else ``'raw'``.
         score_ema (float, optional): Decay of the average over a sample's visits, in [0, 1). Defaults to None: 0.9 for
             scores that are averages.
         group (ProcessGroup, optional): The processes that share the data. Defaults to all.
@@ -135,6 +158,8 @@ def build_score(
     Raises:
         ValueError: If one is out of its range, or they contradict each other.
     """
+    if isinstance(score, ScoreRule):
+        return _taken(score, score_ema, group)
     given: dict[str, Any] = {}
     if isinstance(score, Mapping):
         given = {key: score[key] for key in score}
@@ -150,11 +175,46 @@ def build_score(
     if score is None:
         score = "ema" if given.get("score_ema") else "raw"
     if not isinstance(score, str) or score not in _RULES:
-        raise ValueError(f"unknown score {score!r}: choose one of {sorted(_RULES)}")
+        raise ValueError(
+            f"unknown score {score!r}: choose one of {sorted(_RULES)}, or decorate yours with register_score and have "
+            "it imported"
+        )
     try:
-        return _RULES[score](group=group, **given)
+        return _checked(_RULES[score](group=group, **given))
     except TypeError as error:
         raise ValueError(f"score {score!r} cannot be made with {given}: {error}") from error
+
+
+def _checked(rule: ScoreRule) -> ScoreRule:
+    """A rule whose settings can go into checkpoints and summaries: found out now, not when one is written."""
+    settings = rule.settings()
+    if settings.get("score") != rule.name:
+        raise ValueError(
+            f"score {rule.name!r} ({type(rule).__qualname__}) has settings() {settings!r}: return its name under "
+            "'score' and its arguments, so that a run is not resumed with others"
+        )
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"score {rule.name!r} ({type(rule).__qualname__}) has settings() that cannot be written down: "
+            f"{settings!r}; give numbers, texts, lists and dicts of Python's"
+        ) from None
+    return rule
+
+
+def _taken(rule: ScoreRule, score_ema: float | None, group: Group) -> ScoreRule:
+    """A copy of a user's instance: what it holds of one training must not reach another."""
+    if score_ema not in (None, rule.score_ema):
+        raise ValueError(
+            f"score_ema={score_ema!r} and a score with score_ema={rule.score_ema!r}: set it in one of them"
+        )
+    if rule.group is not group:
+        raise ValueError(
+            f"score {rule.name!r} was made for other processes than this training: give its name, or dict(type="
+            f"{rule.name!r}, ...), and it is made for the right ones"
+        )
+    return copy.deepcopy(_checked(rule), {id(group): group})  # a process group cannot be copied
 
 
 def check_score_ema(score_ema: float) -> None:

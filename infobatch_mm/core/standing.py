@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .distributed import rank
-from .pruner import Pruner
 from .summary import write_run
+from .training import Training
 
 
 class Standing(ABC):
     """Length, books and files of a training."""
 
-    _pruner: Pruner
+    _pruner: Training
 
     @property
     def num_passes(self) -> int:

@@ -14,7 +14,7 @@ from .plan import Plan
 from .score_rule import registered
 
 if TYPE_CHECKING:
-    from .pruner import Pruner
+    from .training import Training
 
 #: 2 where scores are averages, 3 where they are by noise level, which the versions before do not know of.
 STATE_VERSION = 3
@@ -34,7 +34,7 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class PrunerState:
-    """What :meth:`.Pruner.state_dict` wrote, of any version, checked for damage.
+    """What :meth:`.Training.state_dict` wrote, of any version, checked for damage.
 
     Attributes:
         num_samples (int): Size of the data set.
@@ -98,8 +98,8 @@ def parse(state: Any) -> PrunerState:
     for key in ("skipped", "visits_before", "full_before"):
         if not isinstance(state.get(key, 0), int) or (key == "skipped" and state.get(key, 0) < 0):
             raise damaged(key)
-    for key in ("settings", "schedule"):
-        if not isinstance(state[key], Mapping):
+    for key in ("settings", "schedule", "score_settings"):
+        if not isinstance(state.get(key, {}), Mapping):
             raise damaged(key)
     history = state["history"]
     if not isinstance(history, list) or len(history) > state["pass_index"]:
@@ -116,7 +116,7 @@ def parse(state: Any) -> PrunerState:
     return PrunerState(
         num_samples=num_samples,
         fingerprint=state["fingerprint"],
-        settings={**state["settings"], "score": score, "score_ema": average},
+        settings={**state["settings"], **state.get("score_settings", {"score": score, "score_ema": average})},
         batch_size=state["batch_size"],
         loop=schedule.get("loop", ""),
         pass_samples=schedule.get("pass_samples"),
@@ -134,13 +134,13 @@ def parse(state: Any) -> PrunerState:
     )
 
 
-def check_fits(state: PrunerState, pruner: Pruner) -> None:
+def check_fits(state: PrunerState, training: Training) -> None:
     """Refuse a state that belongs to another run.
 
     Raises:
         ValueError: With both values.
     """
-    schedule = pruner.schedule
+    schedule = training.schedule
     if state.loop != schedule.loop:
         raise ValueError(
             f"cannot resume: the checkpoint was trained by {state.loop}, this run trains by {schedule.loop}; use "
@@ -151,13 +151,13 @@ def check_fits(state: PrunerState, pruner: Pruner) -> None:
             f"cannot resume: the checkpoint scores {state.num_samples} samples, this data set has "
             f"{schedule.num_samples}; resume with the data set it was trained on"
         )
-    if state.fingerprint != pruner.fingerprint:
+    if state.fingerprint != training.fingerprint:
         raise ValueError(
             "cannot resume: the checkpoint scores a data set with other sample names (fingerprint "
-            f"{state.fingerprint!r}, this data set has {pruner.fingerprint!r}); resume with the data set it was "
+            f"{state.fingerprint!r}, this data set has {training.fingerprint!r}); resume with the data set it was "
             "trained on"
         )
-    here = {**pruner.policy.settings(), **pruner.store.settings()}
+    here = {**training.policy.settings(), **training.store.settings()}
     if state.settings != here:
         raise ValueError(
             f"cannot resume: the checkpoint was pruned with {state.settings}, this run has {here}; "
@@ -165,29 +165,32 @@ def check_fits(state: PrunerState, pruner: Pruner) -> None:
         )
 
 
-def state_of(pruner: Pruner, plan: Plan | None) -> dict[str, Any]:
+def state_of(training: Training, plan: Plan | None) -> dict[str, Any]:
     """What :func:`parse` reads: plain tensors and numbers, no collectives.
 
     Args:
-        pruner (Pruner): Whose state.
+        training (Training): Whose state.
         plan (Plan, optional): The plan in flight.
     """
-    schedule, store = pruner.schedule, pruner.store
+    schedule, store = training.schedule, training.store
     return {
         "version": store.rule.state_version,
         "num_samples": schedule.num_samples,
-        "fingerprint": pruner.fingerprint,
-        "settings": pruner.policy.settings(),
-        **store.settings(),
+        "fingerprint": training.fingerprint,
+        "settings": training.policy.settings(),
+        # What versions before score_settings read.
+        "score": store.score,
+        "score_ema": store.score_ema,
+        "score_settings": store.settings(),
         "batch_size": schedule.batch_size,
-        "schedule": {**schedule.settings(), "pass_samples": schedule.plan_visits(pruner.pass_index)},
-        "seed": pruner.seed,
+        "schedule": {**schedule.settings(), "pass_samples": schedule.plan_visits(training.pass_index)},
+        "seed": training.seed,
         **store.state_dict(),
-        "pass_index": pruner.pass_index,
-        "visited": pruner.visited,
-        "skipped": pruner.skipped,
-        "visits_before": pruner.visits_before,
-        "full_before": pruner.full_before,
+        "pass_index": training.pass_index,
+        "visited": training.visited,
+        "skipped": training.skipped,
+        "visits_before": training.visits_before,
+        "full_before": training.full_before,
         "plan": None
         if plan is None
         else {
@@ -197,7 +200,7 @@ def state_of(pruner: Pruner, plan: Plan | None) -> dict[str, Any]:
             "threshold": plan.threshold,
             "blanks": list(plan.blanks),
         },
-        "history": [dict(entry) for entry in pruner.history],
+        "history": [dict(entry) for entry in training.history],
     }
 
 

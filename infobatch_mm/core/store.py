@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .distributed import Group, all_gather_ragged, world_size
 from .pending import PendingRecords
-from .score_rule import build_score
+from .score_rule import ScoreRule, build_score
 from .unusable import UnusableVisits
 
 
@@ -26,10 +26,11 @@ class ScoreStore:
         num_samples (int): Size of the data set, at least 1.
         score_ema (float, optional): Decay of the average over a sample's visits, in [0, 1). Defaults to None: 0.9 for
             the scores that are averages.
-        score (str | dict, optional): ``'raw'``, the last loss, as in the paper (:class:`.RawScore`); ``'ema'``, the
-            average of losses (:class:`.EmaScore`); ``'timestep'``, the average of losses that are divided by the mean
-            of their noise level, for diffusion models (:class:`.TimestepScore`). Defaults to None: ``'ema'`` where
-            ``score_ema`` is given and not 0, else ``'raw'``.
+        score (str | dict | ScoreRule, optional): ``'raw'``, the last loss, as in the paper (:class:`.RawScore`);
+            ``'ema'``, the average of losses (:class:`.EmaScore`); ``'timestep'``, the average of losses that are
+            divided by the mean of their noise level, for diffusion models (:class:`.TimestepScore`);
+            ``dict(type=name, ...)``, or an instance. Defaults to None: ``'ema'`` where ``score_ema`` is given and not
+            0, else ``'raw'``.
         group (ProcessGroup, optional): The processes that share the data. Defaults to all.
 
     Attributes:
@@ -47,7 +48,11 @@ class ScoreStore:
     """
 
     def __init__(
-        self, num_samples: int, score_ema: float | None = None, score: str | None = None, group: Group = None
+        self,
+        num_samples: int,
+        score_ema: float | None = None,
+        score: str | Mapping[str, Any] | ScoreRule | None = None,
+        group: Group = None,
     ) -> None:
         if num_samples < 1:
             raise ValueError(f"the data set is empty: num_samples={num_samples}, at least 1 is needed")

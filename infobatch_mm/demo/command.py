@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run(draw_dataset: Callable[..., Path], description: str, example: str, items: str) -> None:
-    """Draw a data set where the command line says; its options default to those of the function.
+    """Draw a data set where the command line says; its options default to the function's.
 
     Args:
         draw_dataset (Callable): ``draw_dataset(root, num_train, num_val, size, seed)`` draws and returns the root.

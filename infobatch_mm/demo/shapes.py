@@ -49,7 +49,7 @@ _OUTLINES: dict[str, np.ndarray] = {
     "triangle": _regular(3),
 }
 _TEXTURES = ("checkers", "stripes")
-#: Names of the classes; their order is that of their folders.
+#: Names of the classes; in the order of their folders.
 CLASSES: tuple[str, ...] = tuple(sorted([*_OUTLINES, *_TEXTURES]))
 # Figures are drawn larger and shrunk, for smooth edges.
 _FINER = 4

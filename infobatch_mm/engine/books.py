@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.dist import master_only
 
-from ..core import Pruner, console
+from ..core import Pruner, Training, console
 from ..core.score_file import write_scores
 from ..core.short_runs import short_run_line
 from ..core.summary import write_summary
@@ -39,19 +39,19 @@ class Books:
 
     @property
     def wall_time(self) -> float:
-        """Seconds of wall time, with those of the lives before."""
+        """Seconds of wall time, the lives before this one included."""
         return self.time_before + time.perf_counter() - self._started
 
-    def begin(self, runner: Any, pruner: Pruner, loader: IndexedLoader) -> None:
+    def begin(self, runner: Any, training: Training, loader: IndexedLoader) -> None:
         """Say what a run is about to do, before it trains."""
-        log, schedule = runner.logger, pruner.schedule
-        settings = ", ".join(f"{key} {value}" for key, value in pruner.policy.settings().items())
+        log, schedule = runner.logger, training.schedule
+        settings = ", ".join(f"{key} {value}" for key, value in training.policy.settings().items())
         log.info(f"InfoBatch: {settings}, {schedule.num_samples} samples")
         if loader.units.message:
             log.info(loader.units.message)
         if schedule.num_passes > _MOST_LINES:
-            log.info(f"InfoBatch: one in {self._every(pruner)} of {schedule.num_passes:,} passes is logged")
-        if line := short_run_line(pruner):
+            log.info(f"InfoBatch: one in {self._every(training)} of {schedule.num_passes:,} passes is logged")
+        if line := short_run_line(training):
             log.warning(line)
 
     def begin_pass(self, runner: Any, pruner: Pruner) -> None:
@@ -71,46 +71,48 @@ class Books:
             "scores are alike, or fewer samples lie below the mean than one global batch holds"
         )
 
-    def end_pass(self, runner: Any, pruner: Pruner, step: int) -> None:
+    def end_pass(self, runner: Any, training: Training, step: int) -> None:
         """Log a finished pass.
 
         Args:
             runner (Runner): The run.
-            pruner (Pruner): Has booked the pass.
+            training (Training): Has booked the pass.
             step (int): The iteration at which its scalars are logged.
         """
-        runner.visualizer.add_scalars(pruner.scalars(), step=step)
-        if not self._has_said_unscored and not isinstance(pruner.policy, (NoPruning, RandomPolicy)):  # which need none
-            unscored = console.unscored_line(pruner)
+        runner.visualizer.add_scalars(training.scalars(), step=step)
+        if not self._has_said_unscored and not isinstance(
+            training.policy, (NoPruning, RandomPolicy)
+        ):  # which need none
+            unscored = console.unscored_line(training)
             if unscored:
                 self._has_said_unscored = True
                 runner.logger.warning(unscored)
-        done = pruner.pass_index
-        if done == 1 or pruner.finished or done % self._every(pruner) == 0:
-            runner.logger.info(console.pass_line(pruner))
+        done = training.pass_index
+        if done == 1 or training.finished or done % self._every(training) == 0:
+            runner.logger.info(console.pass_line(training))
 
     @staticmethod
-    def _every(pruner: Pruner) -> int:
-        return math.ceil(pruner.schedule.num_passes / _MOST_LINES)
+    def _every(training: Training) -> int:
+        return math.ceil(training.schedule.num_passes / _MOST_LINES)
 
     @master_only
-    def write_summary(self, runner: Any, pruner: Pruner) -> None:
+    def write_summary(self, runner: Any, training: Training) -> None:
         """Write ``infobatch_summary.json``."""
-        summary = pruner.summary(
+        summary = training.summary(
             iterations=getattr(runner.train_loop, "_iter", 0),
-            iterations_full=pruner.schedule.total_steps,
+            iterations_full=training.schedule.total_steps,
             wall_time_s=round(self.wall_time, 3),
         )
         _warn_on_failure(runner, lambda: write_summary(runner.work_dir, summary))
 
     @master_only
-    def end(self, runner: Any, pruner: Pruner) -> None:
+    def end(self, runner: Any, training: Training) -> None:
         """Write summary and scores, and say what was saved."""
-        self.write_summary(runner, pruner)
+        self.write_summary(runner, training)
         loader = runner.train_dataloader
-        names = names_in_chunks(loader.host_dataset, length=pruner.store.num_samples)
-        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, pruner.store, names))
-        runner.logger.info(console.end_line(pruner, self.wall_time))
+        names = names_in_chunks(loader.host_dataset, length=training.store.num_samples)
+        _warn_on_failure(runner, lambda: write_scores(runner.work_dir, training.store, names))
+        runner.logger.info(console.end_line(training, self.wall_time))
 
 
 def _warn_on_failure(runner: Any, write: Callable[[], object]) -> None:

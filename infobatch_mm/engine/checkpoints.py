@@ -30,7 +30,7 @@ class CheckpointGuard:
     removal waits until the next one is written, and a file gets its name when it is whole.
 
     Args:
-        runner (Runner): The runner; its ``save_checkpoint`` and that of its hooks are wrapped.
+        runner (Runner): The runner; its own and its hooks' methods that save are wrapped.
         exchanged (Callable): Gives the context in which to save, entered on every process.
     """
 
@@ -86,7 +86,7 @@ def _finished(save: Callable[..., None]) -> Callable[..., None]:
 
 
 class _LateRemoval:
-    """A file backend that keeps files until it is told which of them were written anew."""
+    """A file backend that keeps files until it is told which of them were written again."""
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend

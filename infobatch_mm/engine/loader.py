@@ -99,7 +99,7 @@ class IndexedLoader(DataLoader):
         self._delivered: dict[int, BatchIndices] = {}
 
     def start_pass(self, pass_index: int) -> None:
-        """Seed what the coming pass draws: workers that are made anew for it repeat no augmentation."""
+        """Seed what the coming pass draws, so that new workers do not repeat the last pass's augmentations."""
         if self._own_seed is not None:
             self.generator.manual_seed(self._own_seed + pass_index)
         if isinstance(self.worker_init_fn, SeedByPass):
@@ -214,7 +214,7 @@ class _BatchCollate(IndexedCollate):
 
 
 class SeedByPass:
-    """Worker initialisation that gives workers made anew for a pass other draws than in the pass before.
+    """Worker initialisation that gives the new workers of a pass other draws than in the pass before.
 
     The host seeds each worker by its number alone. In the first pass this is the host's seeding, unchanged.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mmengine.registry import LOOPS
+from mmengine.registry import HOOKS, LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 from torch.utils.data import DataLoader
@@ -35,10 +35,9 @@ class _PassLoop:
         if isinstance(dataloader, dict):
             diff_rank_seed = runner._randomness_cfg.get("diff_rank_seed", False)
             dataloader = runner.build_dataloader(dataloader, seed=runner.seed, diff_rank_seed=diff_rank_seed)
-        from .hook import InfoBatchHook  # the hook knows the loops
-
-        if not any(isinstance(hook, InfoBatchHook) for hook in runner.hooks):
-            runner.register_hook(InfoBatchHook())
+        hook = HOOKS.get("InfoBatchHook")  # by name: its module imports this one
+        if not any(isinstance(each, hook) for each in runner.hooks):
+            runner.register_hook(hook())
         if isinstance(dataloader, IndexedLoader):
             return dataloader
         return pass_loader(dataloader, run_seed(runner), cls.by_iteration)
@@ -88,7 +87,7 @@ class InfoBatchIterLoop(_PassLoop, IterBasedTrainLoop):
         runner (Runner): The runner.
         dataloader (DataLoader or dict): The training data.
         kwargs: As for ``IterBasedTrainLoop``: ``max_iters, val_begin, val_interval, dynamic_intervals``.
-            ``max_iters`` is that of the unpruned run; validation intervals count real iterations.
+            ``max_iters`` counts the unpruned run's iterations; validation intervals count real iterations.
     """
 
     by_iteration = True

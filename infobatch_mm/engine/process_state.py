@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, all_reduce
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapperDict
+from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
 from ..core import rng
@@ -73,6 +74,42 @@ def restore(runner: Any, state: Mapping[str, Any]) -> None:
         for name, buffer in state["buffers"][runner.rank].items():
             if name in buffers and buffers[name].shape == buffer.shape:
                 buffers[name].copy_(buffer)
+
+
+class ValidationAside:
+    """Keeps validation, and what hooks do before and after it, out of the random streams of a run.
+
+    A run that resumes after a validation does not repeat it.
+
+    Args:
+        runner (Runner): Its validation loop is wrapped, if it has one.
+
+    Attributes:
+        generators (Mapping, optional): State of this process's generators before the validation that runs now.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self.generators: Mapping[str, Any] | None = None
+        loop = getattr(runner, "_val_loop", None)
+        self._loop = loop if isinstance(loop, BaseLoop) else None
+        if self._loop is not None:
+            self._loop.run = self._aside(self._loop.run)  # type: ignore[method-assign]
+
+    def _aside(self, validate: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            self.generators = rng.capture()
+            try:
+                return validate()
+            finally:
+                rng.restore(self.generators)
+                self.generators = None
+
+        return run
+
+    def restore(self) -> None:
+        """Give the loop its own method back."""
+        if self._loop is not None:
+            vars(self._loop).pop("run")
 
 
 def bare_model(runner: Any) -> nn.Module:

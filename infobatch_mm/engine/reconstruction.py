@@ -83,7 +83,7 @@ class ReconstructionHook(Hook):
         loader = runner.train_dataloader
         collate = loader.host_collate_fn if isinstance(loader, IndexedLoader) else loader.collate_fn
         size, model = len(loader.dataset), bare_model(runner)
-        # In the middle of equal parts: a repeated data set begins anew at the edges of some.
+        # In the middle of equal parts: a repeated data set begins again at the edges of some.
         number = min(self.num_images, size)
         places = ((np.arange(number) + 0.5) * size / number).astype(int).tolist()
         with _seeded(self.seed, next(model.parameters()).device):
@@ -165,7 +165,7 @@ def _reader(model: nn.Module) -> tuple[nn.Module, Callable[..., tuple[Tensor, Te
 
 
 def _from_patches(head: Any, images: Tensor, predicted: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Patches, shape ``(B, L, p * p * C)``, put together; those of normalised targets with the image's own contrast."""
+    """Put patches, shape ``(B, L, p * p * C)``, together; normalised targets get the image's own contrast back."""
     if head.norm_pix:
         own = head.patchify(images)
         predicted = predicted * (own.var(dim=-1, keepdim=True) + 1e-6) ** 0.5 + own.mean(dim=-1, keepdim=True)

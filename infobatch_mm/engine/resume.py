@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..core import EpochSchedule, IterSchedule, Pruner
+from mmengine.dist import is_main_process
+
+from ..core import EpochSchedule, IterSchedule, Training
 from ..core.state import PrunerState
-from .param_schedule import SchedulerPacer
+from ..core.summary import check_summary
+from .checkpoints import check_state
+from .run import Run
 
 
 def check_repeats(saved: int, num_repeats: int) -> None:
@@ -47,85 +51,103 @@ def check_units(saved: Any, here: int, distinct: int) -> None:
         )
 
 
-def start_without_scores(runner: Any, pruner: Pruner, pacer: SchedulerPacer | None) -> None:
+def checked(runner: Any, run: Run, state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Refuse a checkpoint, or a work dir, of another run.
+
+    Args:
+        runner (Runner): Has loaded the checkpoint.
+        run (Run): Which is to go on with it.
+        state (dict, optional): The hook's state; None where the checkpoint was written without it.
+
+    Returns:
+        dict: The same state, whose ``pruner`` is read.
+
+    Raises:
+        ValueError: With both values.
+    """
+    training = run.training
+    if state is not None:
+        check_state(state)
+        saved = state["pruner"]
+        if distinct := run.loader.units.distinct:
+            check_units(saved.get("num_samples"), training.schedule.num_samples, distinct)
+        state["pruner"] = training.check_state(saved)
+        check_repeats(state.get("num_repeats", 1), run.num_repeats)
+    if is_main_process():  # to others a file may appear late
+        check_summary(runner.work_dir, training.summary())
+    return state
+
+
+def start_without_scores(runner: Any, run: Run) -> None:
     """Take up a run that was not pruned so far.
 
     Args:
         runner (Runner): Stands where its checkpoint was written.
-        pruner (Pruner): Of this run, at its beginning.
-        pacer (SchedulerPacer, optional): None where the host's own loop goes on.
+        run (Run): At its beginning.
     """
-    schedule = pruner.schedule
+    training, schedule = run.training, run.training.schedule
     if isinstance(schedule, EpochSchedule):
-        pruner.start_at(runner.epoch)
+        training.start_at(runner.epoch)
         if runner.epoch and not 0 <= runner.iter - schedule.steps_before(runner.epoch) < schedule.pass_steps:
             # Epochs were of other batches; the schedulers come out of the checkpoint with their length.
             pass_steps = runner.iter // runner.epoch
             schedule.take_over({"pass_steps": pass_steps, "total_steps": schedule.num_passes * pass_steps})
     else:
-        _find_position(pruner, runner.iter, is_watched=pacer is None)
-    if pacer is not None:
-        pacer.taken = runner.iter
-    pruner.full_before = 0
-    pruner.visits_before = pruner.visits_full - pruner.visited
+        _find_position(training, runner.iter)
+    run.take_up(runner.iter)
+    training.full_before = 0
+    training.visits_before = training.visits_full - training.visited
     runner.logger.warning(
         f"InfoBatch: the checkpoint was written without InfoBatchHook; scores start empty at pass "
-        f"{pruner.pass_index + 1} of {pruner.schedule.num_passes}"
+        f"{training.pass_index + 1} of {schedule.num_passes}"
     )
 
 
-def go_on(runner: Any, pruner: Pruner, pacer: SchedulerPacer | None, state: Mapping[str, Any]) -> None:
+def go_on(runner: Any, run: Run, state: Mapping[str, Any]) -> None:
     """Take up a run of ours.
 
     Args:
         runner (Runner): Stands where its checkpoint was written.
-        pruner (Pruner): Of this run, at its beginning.
-        pacer (SchedulerPacer, optional): None where the host's own loop goes on.
-        state (Mapping): The hook's state, which was checked, and its pruner's read where it was.
+        run (Run): At its beginning.
+        state (Mapping): The hook's state, which was :func:`checked`.
 
     Raises:
         ValueError: If nothing is left to train.
     """
-    parsed = pruner.check_state(state["pruner"])
-    goes_on = pruner.load_state_dict(parsed)
-    if pacer is not None:
-        pacer.taken = int(state["scheduler_steps"])
+    parsed = run.training.check_state(state["pruner"])
+    goes_on = run.training.load_state_dict(parsed)
+    run.take_up(int(state["scheduler_steps"]))
     if not goes_on:
-        _draw_anew(runner, pruner, pacer, parsed, state["scheduler_steps"])
-    if pacer is None and isinstance(pruner.schedule, EpochSchedule):
-        pruner.visited = 0  # the host's own loop starts an epoch anew
+        _draw_again(runner, run, parsed, state["scheduler_steps"])
+    run.weigher.mixes = run.weigher.mixes or bool(state.get("mixes", False))
+    run.resumed(runner, state)
 
 
-def _draw_anew(
-    runner: Any, pruner: Pruner, pacer: SchedulerPacer | None, state: PrunerState, scheduler_steps: int
-) -> None:
+def _draw_again(runner: Any, run: Run, state: PrunerState, scheduler_steps: int) -> None:
     """Go on in a schedule of other passes than the checkpoint's."""
-    schedule, batch_size = pruner.schedule, state.batch_size
+    training, schedule = run.training, run.training.schedule
     # Iterations are the host's measure there: as many samples as the batch now holds.
     if isinstance(schedule, IterSchedule):
-        _find_position(pruner, runner.iter if pacer is None else pacer.taken, is_watched=pacer is None)
-    if batch_size != schedule.batch_size:
-        differs = f"a global batch of {batch_size}, this run has {schedule.batch_size}"
+        _find_position(training, run.host_steps(runner))
+    if state.batch_size != schedule.batch_size:
+        differs = f"a global batch of {state.batch_size}, this run has {schedule.batch_size}"
     else:
         before = state.schedule["total_steps"]
         differs = f"a schedule of {before} iterations of full data, this run has {schedule.total_steps}"
-    if pruner.finished:
+    if training.finished:
         raise ValueError(
             f"cannot resume: the checkpoint was written with {differs}, and stands at {scheduler_steps} of "
             "them: nothing is left to train; use a longer schedule"
         )
-    visits = schedule.full_visits(pruner.pass_index) if pacer is None else len(pruner.begin_pass())
+    visits = training.open_pass()
     runner.logger.warning(
         f"InfoBatch: the checkpoint was written with {differs}: the scores are kept; the run goes on in pass "
-        f"{pruner.pass_index + 1} of {schedule.num_passes}, drawn anew, after {pruner.visited} of its {visits} visits"
+        f"{training.pass_index + 1} of {schedule.num_passes}, drawn anew, after {training.visited} of its {visits} "
+        "visits"
     )
 
 
-def _find_position(pruner: Pruner, steps: int, is_watched: bool) -> None:
+def _find_position(training: Training, steps: int) -> None:
     """Go to where a schedule of iterations stands after so many of them."""
-    done, rest = divmod(steps * pruner.schedule.batch_size, pruner.schedule.num_samples)
-    if is_watched:  # the host's own sampler has no plan
-        pruner.start_at(done)
-        pruner.visited = min(rest, pruner.schedule.full_visits(done))
-    else:
-        pruner.start_at(done, rest, max(1, pruner.schedule.full_visits(done)))
+    done, rest = divmod(steps * training.schedule.batch_size, training.schedule.num_samples)
+    training.start_at(done, rest, max(1, training.schedule.full_visits(done)))

@@ -58,7 +58,7 @@ def names_at(dataset: Any, indices: np.ndarray, folders: int = 0) -> list[str]:
 def names_in_chunks(
     dataset: Any, size: int = 65_536, folders: int = 1, length: int | None = None
 ) -> Iterator[list[str]] | None:
-    """Names of all samples in their order, a chunk at a time, so that those of 10**8 samples are never held together.
+    """Names of all samples in their order, a chunk at a time: 10**8 names are never held together.
 
     Args:
         dataset: A data set.

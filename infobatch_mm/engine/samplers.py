@@ -89,7 +89,7 @@ class InfoBatchSampler(PlanSampler):
         return super().__iter__()
 
     def go_on(self) -> None:
-        """Let the next walk begin where the pass stands: the loop's own. Those of other hooks see all of the plan."""
+        """Let the next walk, the loop's own, begin where the pass stands; another hook's walk sees all of the plan."""
         self._goes_on = True
 
     def _first_position(self) -> int:
@@ -140,7 +140,7 @@ def pass_loader(loader: DataLoader, seed: int, by_iteration: bool = False) -> In
     Args:
         loader (DataLoader): The host's loader.
         seed (int): Seed of the run.
-        by_iteration (bool): Whether it is that of a loop of iterations, which looks through repeats. Defaults to False.
+        by_iteration (bool): Whether its loop counts iterations, and so looks through repeats. Defaults to False.
 
     Returns:
         IndexedLoader: Over the same data set, or over the one that it repeats; see :func:`.scored_units`.

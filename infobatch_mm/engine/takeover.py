@@ -12,7 +12,7 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, R
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from ..core import EpochSchedule, IterSchedule, Pruner, Schedule
+from ..core import EpochSchedule, IterSchedule, Schedule, Training
 from ..core.loader import check_indexable
 from .loader import IndexedLoader
 from .loops import InfoBatchEpochLoop, InfoBatchIterLoop
@@ -41,7 +41,7 @@ def check_runner(runner: Any) -> None:
 
 
 def settings_of(loader: DataLoader, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """The hook's arguments and those of a configured ``InfoBatchSampler``.
+    """Join the arguments of the hook and of a configured ``InfoBatchSampler``.
 
     Args:
         loader (DataLoader): The host's loader.
@@ -157,21 +157,21 @@ def global_batch(runner: Any, loader: DataLoader) -> int:
     return math.ceil(len(loader.dataset) / number)  # a process has every n-th of the samples
 
 
-def watched_visits(pruner: Pruner, batch_idx: int) -> int:
+def watched_visits(training: Training, batch_idx: int) -> int:
     """Visits to book for an iteration of the host's own loop; the same on all processes, whose batches may differ.
 
     Args:
-        pruner (Pruner): Keeps the books.
+        training (Training): Keeps the books.
         batch_idx (int): The iteration's number within its epoch.
 
     Returns:
         int: So many that the passes of a loop of epochs end with them, however many batches the host makes of one.
     """
-    schedule = pruner.schedule
+    schedule = training.schedule
     if schedule.loop == "iterations":
         return schedule.batch_size
-    left = schedule.full_visits(pruner.pass_index) - pruner.visited
-    later = schedule.full_batches(pruner.pass_index) - 1 - batch_idx
+    left = schedule.full_visits(training.pass_index) - training.visited
+    later = schedule.full_batches(training.pass_index) - 1 - batch_idx
     if later <= 0:
         return left if later == 0 else 0
     return min(schedule.batch_size, max(0, left - later))

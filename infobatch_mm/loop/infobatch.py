@@ -21,6 +21,7 @@ from ..core.policy import PruningPolicy
 from ..core.policy_registry import build_policy
 from ..core.pruner import Pruner
 from ..core.schedule import EpochSchedule
+from ..core.score_rule import ScoreRule
 from ..core.short_runs import short_run_line
 from ..core.weights import weighted_mean
 from .loader import PassLoader, check_dataset
@@ -52,11 +53,12 @@ class InfoBatch(LoopStanding):
         shuffle (bool): Whether passes are in random order. Defaults to True.
         item_seed (bool): Whether the items are read under a seed of their own, made of seed, pass and position in the
             pass, so that augmentations repeat after a resume. Defaults to False.
-        score (str, optional): What samples are ranked by, with any policy: ``'raw'``, their last loss, as in the
-            paper; ``'ema'``, the average over their visits, for losses that depend on a random mask, crop or timestep;
-            ``'timestep'``, the average of losses over the mean loss at their noise level, for diffusion models, which
-            needs the ``log_snr`` of :meth:`weigh`. See :class:`.ScoreStore`. Defaults to ``'raw'``, or ``'ema'`` where
-            ``score_ema`` is given.
+        score (str | dict | ScoreRule, optional): What samples are ranked by, with any policy: ``'raw'``, their last
+            loss, as in the paper; ``'ema'``, the average over their visits, for losses that depend on a random mask,
+            crop or timestep; ``'timestep'``, the average of losses over the mean loss at their noise level, for
+            diffusion models, which needs the ``log_snr`` of :meth:`weigh`; a registered score of your own by its name
+            or as ``dict(type=name, ...)``; or an instance. Defaults to ``'raw'``, or ``'ema'`` where ``score_ema`` is
+            given.
         score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
         fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
         max_train_steps (int, optional): Batches of the unpruned training, at least 1, where that is how it is counted;
@@ -91,7 +93,7 @@ class InfoBatch(LoopStanding):
         batch_size: int | None = None,
         shuffle: bool = True,
         item_seed: bool = False,
-        score: str | None = None,
+        score: str | Mapping[str, Any] | ScoreRule | None = None,
         score_ema: float | None = None,
         fingerprint: str = "",
         max_train_steps: int | None = None,

@@ -33,7 +33,7 @@ class Looks:
 
 
 def one_loss_each(looks: Looks, average: bool) -> tuple[np.ndarray, Looks]:
-    """The losses by which samples are scored: of every sample those of the first call that it was in.
+    """The losses by which samples are scored: each sample's in the first call that it was in.
 
     A sample that was in a call several times, as in two views of a batch, has the mean of its losses there. What it
     had in a later call, as optimisers that evaluate twice make, is no second visit.

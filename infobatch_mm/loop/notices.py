@@ -6,7 +6,7 @@ from typing import Any
 
 from ..core.console import unscored_line
 from ..core.notices import Notices
-from ..core.pruner import Pruner
+from ..core.training import Training
 from .walk import Walk
 
 
@@ -46,19 +46,19 @@ class LoopNotices(Notices):
                 "walk the loader for each pass, otherwise nothing is pruned and no pass is done",
             )
 
-    def beyond_the_end(self, pruner: Pruner) -> None:
+    def beyond_the_end(self, training: Training) -> None:
         """A walk begins after the last pass."""
         self._warn(
             "end",
-            f"pass {pruner.pass_index + 1} of a training of {pruner.schedule.num_passes}, which is done: let the loop "
-            "be `for epoch in range(infobatch.passes_done, infobatch.num_passes)`, or give the training its length, "
-            "num_epochs= or max_train_steps=",
+            f"pass {training.pass_index + 1} of a training of {training.schedule.num_passes}, which is done: let the "
+            "loop be `for epoch in range(infobatch.passes_done, infobatch.num_passes)`, or give the training its "
+            "length, num_epochs= or max_train_steps=",
         )
 
-    def pass_done(self, pruner: Pruner, entry: dict[str, Any], has_our_loader: bool) -> None:
+    def pass_done(self, training: Training, entry: dict[str, Any], has_our_loader: bool) -> None:
         """A pass was booked."""
-        self._say_pass(pruner)
-        if line := unscored_line(pruner):
+        self._say_pass(training)
+        if line := unscored_line(training):
             self._warn("unscored", line)
         if entry["skipped"]:
             again = ", or has the loader been shared out among processes once more, as by accelerator.prepare"

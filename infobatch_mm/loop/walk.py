@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -230,10 +231,8 @@ class Walk:
     @property
     def done(self) -> int:
         """Behind the last visit weighed, or its batch: what is in hand or read ahead comes again after a resume."""
-        if not self.touched:
-            return self.start
-        if self._filled:
-            return len(self._own)
+        if not self.touched or self._filled:
+            return len(self._own) if self._filled else self.start
         if self._delivered is not None:
             return self.start + len(self._done_in_any_order(self._delivered))
         where = self._status[self._own[self.start : max(self.start, self._num_real)].numpy()]
@@ -284,7 +283,7 @@ class Walk:
         is_done = torch.zeros(self._num_samples, dtype=torch.bool, device="cpu")
         is_done[done] = True
         indices = torch.cat([done, self.plan.indices[~is_done[self.plan.indices]]])
-        return Plan(indices, self._weights(indices), self.plan.pruned, self.plan.threshold)
+        return replace(self.plan, indices=indices, weights=self._weights(indices))
 
     def _done_in_any_order(self, delivered: list[Tensor]) -> Tensor:
         """Samples of the batches up to the last one weighed, and what else was weighed after a look."""

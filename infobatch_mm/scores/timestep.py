@@ -28,6 +28,7 @@ class TimestepScore(ScoreRule):
 
     name = "timestep"
     defers = True
+    needs_noise_levels = True
     state_version = 3
 
     def __init__(self, score_ema: float = DEFAULT_EMA, group: Group = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from infobatch_mm.core import EpochSchedule, IterSchedule, Plan, Pruner, PruningPolicy
+from infobatch_mm.core import EpochSchedule, IterSchedule, Plan, Pruner, PruningPolicy, Watcher
 from infobatch_mm.policies import InfoBatchPolicy, NoPruning
 
 N = 37
@@ -242,7 +242,7 @@ def test_partial_last_pass_is_booked_by_its_span():
 
 
 def test_observed_visits_are_booked_pass_by_pass():
-    pruner = make(num_samples=10, passes=3, policy=NoPruning())
+    pruner = Watcher(EpochSchedule(10, 3, 4), NoPruning())
     for _ in range(6):
         pruner.observe(4)
     assert (pruner.pass_index, pruner.visited) == (2, 4)

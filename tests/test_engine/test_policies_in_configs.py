@@ -18,6 +18,7 @@ import infobatch_mm.core.policy_registry as registry
 from infobatch_mm import InfoBatchPolicy, Plan, PruningPolicy, register_policy
 from infobatch_mm.engine import InfoBatchHook
 from infobatch_mm.engine.samplers import InfoBatchSampler
+from infobatch_mm.scores.ema import EmaScore
 
 from .toy import config, train
 
@@ -88,6 +89,20 @@ def test_a_config_file_may_make_an_instance_or_name_a_class(scenes: Path, tmp_pa
     cfg = Config.fromfile(file, lazy_import=lazy)
     train(hooked(scenes, tmp_path / "run", cfg.hook.policy))
     assert '"prune_ratio": 0.3' in (tmp_path / "run/infobatch_summary.json").read_text()
+
+
+@pytest.mark.parametrize("score", [dict(type="ema", score_ema=0.5), EmaScore(0.5)], ids=["dict", "instance"])
+def test_a_score_is_chosen_in_a_config_and_written_down(scenes: Path, tmp_path: Path, score: Any):
+    train(config(scenes, tmp_path, custom_hooks=[dict(type="InfoBatchHook", score=score)]))
+    summary = json.loads((tmp_path / "infobatch_summary.json").read_text())
+    assert (summary["score"], summary["score_ema"]) == ("ema", 0.5)
+    dumped = Config.fromfile(next(tmp_path.glob("*.py")))
+    assert dumped.custom_hooks[0].score == dict(type="ema", score_ema=0.5)
+
+
+def test_a_score_that_asks_for_noise_levels_is_refused_at_once():
+    with pytest.raises(ValueError, match="score='timestep' needs the noise level of each sample"):
+        InfoBatchHook(score="timestep")
 
 
 def policies_in(file: Path) -> Any:

@@ -98,7 +98,7 @@ def test_rows_of_detectors_are_weighed_without_waiting():
 def test_labels_may_be_known_on_the_cpu_alone(place):
     weigher = LossWeigher()
     weigher.begin(torch.ones(4))
-    weigher.labelled = torch.tensor([True, False, True, True])
+    weigher.batch.labelled = torch.tensor([True, False, True, True])
     with noted() as notes:
         weigher.score(place(torch.ones(4)), torch.tensor([True, True, True, False]))
         _, valid = weigher.end()
@@ -292,22 +292,23 @@ def test_a_million_records_wait_once():
 
 def test_replaced_samples_are_left_out_without_waiting():
     pytest.importorskip("mmengine")
-    from infobatch_mm.core import IterSchedule, Pruner
-    from infobatch_mm.engine import InfoBatchHook
+    from infobatch_mm.core import IterSchedule, Watcher
     from infobatch_mm.engine.loader import BatchIndices
+    from infobatch_mm.engine.run import WatchedRun
     from infobatch_mm.policies import NoPruning
 
-    hook = InfoBatchHook()
-    hook._pruner = Pruner(IterSchedule(12, 100, 4), NoPruning())
-    hook._weigher.begin(torch.ones(4))
-    hook._batch = BatchIndices(INDICES, torch.tensor([False, True, False, False]))
+    weigher = LossWeigher()
+    run = WatchedRun(Watcher(IterSchedule(12, 100, 4), NoPruning()), SimpleNamespace(), SimpleNamespace(), weigher)
+    weigher.begin(torch.ones(4))
+    run.batch = BatchIndices(INDICES, torch.tensor([False, True, False, False]))
     with noted() as notes:
-        hook._weigher.score(far(torch.arange(4.0)))
-        hook.after_train_iter(SimpleNamespace(model=None, world_size=1), 0)
+        weigher.score(far(torch.arange(4.0)))
+        run.record(SimpleNamespace(model=None))
+        run.advance(SimpleNamespace(world_size=1), 0)
     assert not notes.waits
     with noted():
-        hook._pruner.store.flush()
-    assert hook._pruner.store.seen.nonzero().flatten().tolist() == [3, 7, 11]
+        run.training.store.flush()
+    assert run.training.store.seen.nonzero().flatten().tolist() == [3, 7, 11]
 
 
 @pytest.mark.parametrize("indices_too", [False, True])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from infobatch_mm.core import EpochSchedule, Pruner, ScoreStore
+from infobatch_mm import InfoBatch, ScoreRule, register_score
+from infobatch_mm.core import EpochSchedule, Pruner, ScoreStore, score_rule
 from infobatch_mm.core.rng import generator
 from infobatch_mm.core.score_rule import build_score, registered
 from infobatch_mm.policies import InfoBatchPolicy
@@ -109,6 +111,90 @@ def test_a_state_of_another_score_or_a_damaged_one_is_refused(score: Any):
     for key in ScoreStore(N, score=score).rule.state_dict():
         with pytest.raises(ValueError, match=f"damaged at '{key}'"):
             pruner(score).check_state({**state, key: None})
+
+
+class Capped(ScoreRule):
+    """A score of a user's, with an argument of its own: the last loss, or a bound."""
+
+    name = "capped"
+
+    def __init__(self, bound: float = 1.0, group: Any = None) -> None:
+        super().__init__(group)
+        self.bound = bound
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "bound": self.bound}
+
+    def fold(self, columns: Any, where: Any, losses: Any) -> None:
+        columns.values.numpy()[where] = losses.clip(max=self.bound)
+        columns.seen.numpy()[where] = True
+        np.add.at(columns.times_seen.numpy(), where, 1)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_rule, "_RULES", dict(score_rule._RULES))
+
+
+def test_every_host_takes_a_users_score_in_three_forms(own_registry: None):
+    register_score(Capped)
+    for form in (dict(type="capped", bound=0.5), Capped(0.5)):
+        infobatch = InfoBatch(4, num_epochs=3, batch_size=2, score=form)
+        for index, _ in infobatch.loader(list("abcd")):
+            infobatch.weigh(index.float(), index)
+        infobatch._pruner.store.flush()
+        assert infobatch._pruner.store.values.tolist() == [0.0, 0.5, 0.5, 0.5]
+        assert (infobatch.summary()["score"], infobatch.summary()["bound"]) == ("capped", 0.5)
+    assert InfoBatch(4, num_epochs=3, score="capped").summary()["bound"] == 1.0
+
+
+def test_its_arguments_are_compared_on_resume_and_written_down(own_registry: None):
+    register_score(Capped)
+
+    def pruner(bound: float) -> Pruner:
+        return Pruner(EpochSchedule(N, 4, 2), InfoBatchPolicy(), score=Capped(bound))
+
+    state = pruner(0.5).state_dict()
+    assert not pruner(0.5).check_state(state).unmerged
+    with pytest.raises(ValueError, match=r"'bound': 0.5.*, this run has .*'bound': 0.7"):
+        pruner(0.7).check_state(state)
+    assert build_score(eval(repr(Capped(0.5)))).settings() == Capped(0.5).settings()
+
+
+def test_an_instance_is_a_pattern_of_which_each_training_has_a_copy():
+    pattern = build_score("timestep")
+    one, other = ScoreStore(N, score=pattern), ScoreStore(N, score=pattern)
+    visit(one, 0)
+    one.settle()
+    other.settle()
+    assert one.seen.any() and not other.seen.any() and one.rule is not pattern
+    with pytest.raises(ValueError, match=r"score_ema=0.5 and a score with score_ema=0.9: set it in one of them"):
+        ScoreStore(N, 0.5, pattern)
+
+
+def test_a_score_that_cannot_be_told_from_others_is_refused(own_registry: None):
+    class Nameless(Capped):
+        name = ""
+
+    class Untold(Capped):
+        name = "untold"
+
+        def settings(self) -> dict[str, Any]:
+            return {"bound": self.bound}
+
+    class Unwritable(Capped):
+        name = "unwritable"
+
+        def settings(self) -> dict[str, Any]:
+            return {**super().settings(), "bound": torch.ones(1)}
+
+    with pytest.raises(ValueError, match="Nameless has name=''"):
+        register_score(Nameless)
+    with pytest.raises(ValueError, match="takes a subclass of ScoreRule"):
+        register_score(N)  # type: ignore[type-var]
+    for cls, message in ((Untold, "return its name under 'score'"), (Unwritable, "cannot be written down")):
+        with pytest.raises(ValueError, match=message):
+            ScoreStore(N, score=cls())
 
 
 def test_a_dict_that_contradicts_itself_or_asks_for_too_much_is_refused():
