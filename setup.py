@@ -50,6 +50,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["infobatch_mm", "infobatch_mm.*"]),
     package_data={"infobatch_mm": ["py.typed"]},
+    entry_points={"console_scripts": ["infobatch-mm = infobatch_mm.cli.__main__:main"]},
     install_requires=["torch>=2.0", "numpy>=1.23"],
     extras_require=EXTRAS,
     classifiers=[

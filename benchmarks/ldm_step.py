@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +31,10 @@ from infobatch_mm.demo.shapes import draw_dataset
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 from infobatch_mm.diffusion.denoising import draw
 from infobatch_mm.diffusion.first_stage import FirstStage, check_fits, latent_shape, load_first_stage, moments
-from infobatch_mm.diffusion.images import ImageFolder, fingerprint_images
+from infobatch_mm.diffusion.image_checks import fingerprint_images
+from infobatch_mm.diffusion.images import ImageFolder
 from infobatch_mm.diffusion.latents import cache_latents
+from infobatch_mm.diffusion.options import parse_options
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = ROOT / "configs/ldm/ldm_unet-tiny-vq-f2_1xb16-infobatch-10e_demo-32px.yaml"
@@ -67,9 +68,6 @@ def main() -> None:
     parser.add_argument("--vae", help="first stage; by default one of random weights")
     parser.add_argument("--rounds", type=int, default=60)
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "tools"))
-    from _ldm_options import parse_options
-
     args = parse_options(["--config", options.recipe, "--train_data_dir=.", "--vae=.", "--output_dir=."])
     shrinks = args.resolution // args.unet_config["sample_size"]
     torch.manual_seed(0)

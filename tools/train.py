@@ -1,46 +1,9 @@
-"""Train a model from a config, with or without InfoBatch.
+"""Train a model from a config, with or without InfoBatch: ``infobatch-mm train``.
 
 python tools/train.py CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] [--cfg-options k=v ...]
 """
 
-from __future__ import annotations
-
-import argparse
-
-from _config import add_common_arguments, load_config
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Train a model from a config")
-    parser.add_argument("config", help="path of the config file")
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        help="resume from the given checkpoint, or from the latest one in the work dir",
-    )
-    parser.add_argument("--amp", action="store_true", help="train with automatic mixed precision")
-    parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
-    add_common_arguments(parser)
-    args = parser.parse_args()
-
-    cfg = load_config(args)
-    if args.amp:
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
-    if args.auto_scale_lr:
-        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
-            parser.error("--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=...) in the config")
-        cfg.auto_scale_lr.enable = True
-    if args.resume is not None:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == "auto" else args.resume
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
-    runner.train()
-
+from infobatch_mm.cli.subcommands import run
 
 if __name__ == "__main__":
-    main()
+    run("train")

@@ -11,20 +11,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import rng
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
-#: Distinguishes the draws of an evaluation from those of any pass.
+#: Distinguishes the draws of an evaluation from the draws of any pass.
 _HELD_OUT = 2**31
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides of a batch: the same for an image and a pass, whichever process trains on it.
+    """The random numbers of a batch: the same for an image and a pass, whichever process trains on it.
 
     Attributes:
         noise (Tensor): Standard normal, shape ``(B, C, h, w)``, float32, on the CPU.
@@ -37,7 +37,7 @@ class Draws:
 
     @cached_property
     def posterior(self) -> Tensor:
-        """More of the kind of ``noise``, for first stages whose latents are random; drawn only if asked for."""
+        """More numbers like ``noise``, for first stages with a posterior; drawn only where they are asked for."""
         return torch.stack([_normal(self.noise.shape[1:], each) for each in self._generators])
 
 
@@ -67,12 +67,12 @@ def draw(
 
 
 def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    # Neither the dtype nor the device that a script has set as its default: the draws would be others.
+    # Fixed dtype and device: under the defaults that a script may have set, the same seed would give other numbers.
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def in_part(timesteps: Tensor, part: int, parts: int, num_timesteps: int) -> Tensor:
-    """Timesteps of the whole schedule, brought into one of so many equal parts of it.
+    """Bring timesteps of the whole schedule into one of its equal parts.
 
     Args:
         timesteps (Tensor): Uniform in [0, T), shape ``(B,)``, int64.
@@ -148,7 +148,7 @@ class Denoising:
     def losses(
         self, model: Callable[[Tensor, Tensor], Tensor], latents: Tensor, noise: Tensor, timesteps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Loss of each image, and what it is to be ranked by.
+        """Compute the loss of each image, and the score that it is ranked by.
 
         Args:
             model (Callable): From noisy latents ``(B, C, h, w)`` and timesteps ``(B,)`` to predictions
@@ -182,6 +182,18 @@ class Denoising:
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return latents
+
+
+def predictor(unet: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Wrap a UNet of diffusers as the function that :meth:`Denoising.losses` takes.
+
+    Args:
+        unet (UNet2DModel): The model, or what accelerate has made of it.
+
+    Returns:
+        Callable: From noisy latents ``(B, C, h, w)`` and timesteps ``(B,)`` to predictions ``(B, C, h, w)``.
+    """
+    return lambda noisy, timesteps: unet(noisy, timesteps).sample
 
 
 @torch.no_grad()

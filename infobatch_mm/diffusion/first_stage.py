@@ -157,7 +157,7 @@ def moments(vae: FirstStage, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def fingerprint(vae: FirstStage) -> str:
-    """What tells one first stage from another: its settings and weights.
+    """Identify a first stage by its settings and weights.
 
     Returns:
         str: 32 hexadecimal digits.

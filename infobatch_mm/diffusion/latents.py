@@ -115,7 +115,8 @@ def cache_latents(
         "resolution": images.resolution,
         "random_flip": images.random_flip,
     }
-    # The main process decides, and each then looks at what it sees itself: all of them enter the same collectives.
+    # The main process decides for all: where a shared disk shows processes different files, some would encode, and wait
+    # for others that do not. What each sees itself is checked in the end.
     error, is_there = gather((_differs(folder, about), _is_whole(folder)))[0]
     raise_together(error)
     if not is_there:
@@ -126,7 +127,7 @@ def cache_latents(
 
 
 def _problem(check: Callable[[], Any]) -> str | None:
-    """What makes a check fail on this process, for all of them to be refused."""
+    """The message of a check that fails on this process, to be raised on all of them; None if it passes."""
     try:
         check()
     except Exception as error:  # whatever it is, the other processes must not be left waiting
@@ -163,7 +164,7 @@ def _check_crops(images: Images) -> None:
 
 
 def _differs(folder: Path, about: Mapping[str, Any]) -> str | None:
-    """What makes a cache that is there one of something else."""
+    """Why a cache that is there cannot be used; None if it can, or if there is none."""
     try:
         found = dict(json.loads((folder / _ABOUT).read_text()))
     except FileNotFoundError:
@@ -195,24 +196,13 @@ def _encode(
     batch_size: int,
     num_workers: int,
 ) -> None:
+    """Encode all images, each process its share, into a file that gets its name when it is whole."""
     partial = folder / f"{_LATENTS}.partial"
     channels, height, width = latent_shape(vae, images.resolution)
     has_spread = not isinstance(vae, VQModel)
     flips = (False, True) if images.random_flip else (False,)
     shape = (len(images), len(flips), channels * (1 + has_spread), height, width)
-    error = None
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(partial)
-            _reserve(partial, shape)
-        except BlockingIOError:
-            error = f"another run encodes into {folder} now: wait until it has, or name another --latents_dir"
-        except OSError as problem:
-            gib = np.prod(shape, dtype=float) * 4 / 2**30
-            if folder.is_dir():
-                partial.unlink(missing_ok=True)  # the disk is full enough
-            error = f"cannot write the latents, {gib:.2f} GiB, to {folder}: {problem}; name another --latents_dir"
+    lock, error = _allocated(partial, shape) if accelerator.is_main_process else (None, None)
     raise_together(error)
     raise_together(None if _appears(partial) else _unseen(folder, accelerator))
     unusable: list[str] = []
@@ -238,12 +228,30 @@ def _encode(
     if accelerator.is_main_process:
         description = {**about, "has_spread": has_spread, "shape": shape}
         error = _problem(lambda: _publish(partial, folder, description))
+    if lock is not None:
         lock.close()
     raise_together(error)
 
 
+def _allocated(path: Path, shape: tuple[int, ...]) -> tuple[IO[bytes] | None, str | None]:
+    """Make the file of latents, locked; or say why that cannot be done."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)  # before the file is emptied: another run may be writing into it
+        _reserve(path, shape)
+        return lock, None
+    except BlockingIOError:
+        return None, f"another run encodes into {folder} now: wait until it has, or name another --latents_dir"
+    except OSError as problem:
+        gib = np.prod(shape, dtype=float) * 4 / 2**30
+        if folder.is_dir():
+            path.unlink(missing_ok=True)  # the disk is full enough
+        return None, f"cannot write the latents, {gib:.2f} GiB, to {folder}: {problem}; name another --latents_dir"
+
+
 def _publish(partial: Path, folder: Path, description: dict[str, Any]) -> None:
-    """Give finished latents their name, and then their description, by which they are known to be whole."""
+    """Rename finished latents, and write their description last: a cache without one counts as half-written."""
     os.replace(partial, folder / _LATENTS)
     unnamed = folder / f"{_ABOUT}.partial"
     unnamed.write_text(json.dumps(description, indent=2) + "\n")
@@ -251,7 +259,7 @@ def _publish(partial: Path, folder: Path, description: dict[str, Any]) -> None:
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """The file, open, kept from other runs until it is closed or this process dies: they would empty it."""
+    """Open the file, locked until it is closed or this process dies: another run would empty it while we write."""
     file = path.open("ab")
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -259,7 +267,7 @@ def _lock(path: Path) -> IO[bytes]:
 
 
 def _reserve(path: Path, shape: tuple[int, ...]) -> None:
-    """Make the file with all its blocks: writing into a map of a full disk would kill the process."""
+    """Allocate the whole file first: a memory-mapped write to a full disk kills the process."""
     np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:

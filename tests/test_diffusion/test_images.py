@@ -19,7 +19,8 @@ pytest.importorskip("torchvision")
 from PIL import Image
 
 from infobatch_mm.core.distributed import gather, raise_together
-from infobatch_mm.diffusion.images import HubImages, ImageFolder, check_images, fingerprint_images, image_extensions
+from infobatch_mm.diffusion.image_checks import check_images, fingerprint_images
+from infobatch_mm.diffusion.images import HubImages, ImageFolder, image_extensions
 
 
 def draw(path: Path, width: int = 8, height: int = 8, seed: int = 0, mode: str = "RGB", **options: Any) -> Path:

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 from infobatch_mm.diffusion import latents as module
 from infobatch_mm.diffusion.first_stage import moments
-from infobatch_mm.diffusion.images import ImageFolder, fingerprint_images
+from infobatch_mm.diffusion.image_checks import fingerprint_images
+from infobatch_mm.diffusion.images import ImageFolder
 from infobatch_mm.diffusion.latents import CachedLatents, cache_latents
 
 IMAGES = 7

@@ -91,13 +91,10 @@ def test_kill_and_resume_ends_where_the_straight_run_ends(scenes: Path, tmp_path
 
 
 def test_data_root_reaches_every_data_set(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from argparse import Namespace
+    from argparse import Namespace
 
-        from _config import load_config
-    finally:
-        sys.path.pop(0)
+    from infobatch_mm.cli.config import load_config
+
     args = Namespace(
         config=str(PRUNED), launcher="none", local_rank=0, work_dir=None, cfg_options={"data_root": "/elsewhere"}
     )

@@ -7,7 +7,6 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,16 @@ for needed in ("mmengine", "matplotlib", "rich"):
 
 from mmengine.config import Config
 
+from infobatch_mm.cli import compare as tool
+from infobatch_mm.cli.comparison import arms, checks
+from infobatch_mm.cli.comparison.configs import missing_data, untwinned
+from infobatch_mm.cli.comparison.controls import at_random, schedule_of, shortened
+from infobatch_mm.cli.config import merged
+from infobatch_mm.report.logs import find_metric
+from infobatch_mm.report.runs import read_arm
+from infobatch_mm.report.summaries import read_summary
+
 ROOT = Path(__file__).parents[2]
-TOOLS = ("compare", "_arms", "_controls", "_report", "_config")
-
-
-@pytest.fixture(autouse=True)
-def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tools' modules, importable by their bare names for one test."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    yield
-    for name in TOOLS:
-        sys.modules.pop(name, None)
 
 
 def epochs(**changes: Any) -> Config:
@@ -56,9 +54,6 @@ def iterations(**changes: Any) -> Config:
 
 def short(cfg: Config, visits: int) -> Config:
     """The config shortened as the tool does it, through the options of its command line."""
-    from _controls import schedule_of, shortened
-    from compare import merged
-
     options = shortened(cfg, schedule_of(cfg, 100), visits)
     assert all(" " not in option for option in options)
     path = Path("shortened.py")
@@ -111,8 +106,6 @@ def test_schedulers_by_iteration_follow_in_a_loop_of_epochs() -> None:
 
 
 def test_a_config_without_a_schedule_is_only_shorter() -> None:
-    from _controls import schedule_of, shortened
-
     cfg = epochs(param_scheduler=[])
     assert shortened(cfg, schedule_of(cfg, 100), 700) == ["train_cfg.max_epochs=7"]
     several = epochs(param_scheduler=dict(generator=[dict(type="PolyLR")]))
@@ -124,8 +117,6 @@ def test_a_config_without_a_schedule_is_only_shorter() -> None:
 def test_random_pruning_makes_as_many_visits(by_epoch: bool) -> None:
     """Passes drawn by the policy itself, at the share that the tool names, add up to what was saved."""
     torch = pytest.importorskip("torch")
-    from _controls import at_random, schedule_of
-
     from infobatch_mm.core import build_policy
 
     num_samples, batch_size = 4000, 8
@@ -173,8 +164,6 @@ def leave_log(work_dir: Path, validations: list[dict[str, Any]], kept: list[int]
 
 
 def test_the_metric_is_the_one_in_the_log_or_the_one_asked_for(tmp_path: Path) -> None:
-    from _arms import find_metric
-
     for name, metrics in (("seg", ("aAcc", "mIoU", "mDice")), ("cls", ("accuracy/top1", "accuracy/top5"))):
         leave_log(tmp_path / name, [{**dict.fromkeys(metrics, 1.0), "step": 1, "time": 0.1, "data_time": 0.1}])
     assert find_metric(tmp_path / "seg", None) == "mIoU"
@@ -189,9 +178,6 @@ def test_the_metric_is_the_one_in_the_log_or_the_one_asked_for(tmp_path: Path) -
 
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_visits_of_epochs_are_those_that_were_made(tmp_path: Path, drop_last: bool) -> None:
-    from _arms import read_arm
-    from _controls import schedule_of
-
     schedule = schedule_of(epochs(train_dataloader=dict(batch_size=8, drop_last=drop_last)), 100)
     validations = [{"accuracy/top1": 10.0 * step, "step": step} for step in (2, 4)]
     leave_log(tmp_path / "full", validations)
@@ -210,9 +196,6 @@ def test_visits_of_epochs_are_those_that_were_made(tmp_path: Path, drop_last: bo
 
 
 def test_visits_of_iterations_are_full_batches(tmp_path: Path) -> None:
-    from _arms import read_arm
-    from _controls import schedule_of
-
     leave_log(tmp_path / "run", [{"mIoU": 50.0, "step": 100}, {"mIoU": 60.0, "step": 250}])
     arm = read_arm(tmp_path / "run", "mIoU", schedule_of(iterations(), 100), 1.0)
     assert (arm.visits, arm.quality, arm.iterations) == ([800, 2000], [50.0, 60.0], 250)
@@ -233,13 +216,11 @@ def pair(tmp_path: Path) -> list[str]:
 
 def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[str, list[str]]]:
     """Run the tool with trainings that only leave their logs; returns the arms and their options."""
-    import compare as tool
-
     calls: list[tuple[str, list[str]]] = []
 
     def pretend(arm: str, config: Path, work_dir: Path, options: list[str], progress: Any) -> float:
         calls.append((arm, options))
-        cfg = tool.merged(config, options)
+        cfg = merged(config, options)
         quality = {"baseline": 80.0, "infobatch": 79.0, "shortened": 70.0, "random": 75.0}[arm]
         top1 = quality + (cfg.randomness.seed if arm == "infobatch" else 0)
         kept = {"infobatch": [100, 64, 64, 100], "random": [80, 80, 80, 88]}.get(arm)
@@ -247,8 +228,8 @@ def compare(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[str,
         leave_log(work_dir, [{"accuracy/top1": top1 - last + step, "step": step} for step in range(1, last + 1)], kept)
         return 10.0
 
-    monkeypatch.setattr(tool, "train", pretend)
-    monkeypatch.setattr(tool, "check_built", lambda parser, configs: None)
+    monkeypatch.setattr(arms, "train", pretend)
+    monkeypatch.setattr(checks, "check_built", lambda parser, configs: None)
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments])
     tool.main()
     return calls
@@ -313,8 +294,6 @@ def fine_tuning(tmp_path: Path) -> Config:
 def test_a_pre_training_has_the_quality_of_the_fine_tuning_after_it(
     pair: list[str], fine_tuning: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_epoch: bool
 ) -> None:
-    import compare as tool
-
     if not by_epoch:
         for path in pair:
             cfg = Config.fromfile(path)
@@ -338,8 +317,8 @@ def test_a_pre_training_has_the_quality_of_the_fine_tuning_after_it(
         (work_dir / "last_checkpoint").write_text(f"/somewhere/{arm}-last.pth\n")
         return 10.0
 
-    monkeypatch.setattr(tool, "train", pretend)
-    monkeypatch.setattr(tool, "check_built", lambda parser, configs: None)
+    monkeypatch.setattr(arms, "train", pretend)
+    monkeypatch.setattr(checks, "check_built", lambda parser, configs: None)
     arguments = [*pair, "--shortened", "--random", "--then", str(tmp_path / "tuning.py"), "--work-dir", "out"]
     monkeypatch.setattr("sys.argv", ["compare.py", *arguments, "--then-options", "train_cfg.max_iters=7"])
     tool.main()
@@ -349,7 +328,7 @@ def test_a_pre_training_has_the_quality_of_the_fine_tuning_after_it(
         start = f"model.backbone.init_cfg.checkpoint=/somewhere/{arm}-last.pth"
         assert options[f"{arm}, fine-tuned"] == ["train_cfg.max_iters=7", "randomness.seed=0", start]
     assert options["scratch, fine-tuned"][-1] == "model.backbone.init_cfg=None"
-    assert tool.merged(tmp_path / "tuning.py", options["scratch, fine-tuned"]).model.backbone.init_cfg is None
+    assert merged(tmp_path / "tuning.py", options["scratch, fine-tuned"]).model.backbone.init_cfg is None
     assert len({work_dir for _, work_dir, _ in calls}) == len(calls) == 9
     result = json.loads(Path("out/comparison.json").read_text())
     assert {arm: result[arm]["mIoU"] for arm in quality} == quality
@@ -417,8 +396,6 @@ def test_what_would_fail_later_is_refused_before_training(
 
 
 def test_configs_that_are_no_twins_are_told_apart() -> None:
-    from compare import untwinned
-
     one = dict(model=dict(type="A"), train_cfg=dict(type="IterBasedTrainLoop", max_iters=9), train_dataloader=dict(x=1))
     line = dict(custom_hooks=[dict(type="InfoBatchHook")], custom_imports=dict(imports=[]))
     written_out = dict(
@@ -433,7 +410,6 @@ def test_configs_that_are_no_twins_are_told_apart() -> None:
 
 def test_the_data_are_looked_for_where_the_data_sets_say(tmp_path: Path) -> None:
     """Not where a base has left a variable ``data_root``, and below any wrapper."""
-    from _controls import missing_data
 
     def missing(dataset: dict[str, Any]) -> Path | None:
         return missing_data(Config(dict(data_root="data/of/the/base", train_dataloader=dict(dataset=dataset))))
@@ -455,8 +431,6 @@ def test_the_data_are_looked_for_where_the_data_sets_say(tmp_path: Path) -> None
 
 
 def test_summaries_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    from _arms import read_summary
-
     (tmp_path / "infobatch_summary.json").write_text(json.dumps({"samples_seen": 7, "samples_full": 9}))
     assert read_summary(tmp_path) == {"visits": 7, "visits_full": 9}
 

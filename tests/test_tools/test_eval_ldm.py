@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,45 +27,34 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import pil_to_tensor
 
+from infobatch_mm.cli import eval_ldm, train_ldm
+from infobatch_mm.core import rng
 from infobatch_mm.demo.shapes import draw_dataset
-from infobatch_mm.diffusion import evaluation
+from infobatch_mm.diffusion import evaluation, sampling
+from infobatch_mm.diffusion.bands import loss_by_band
 from infobatch_mm.diffusion.denoising import Denoising, draw, held_out_loss, losses_over_timesteps
+from infobatch_mm.diffusion.distances import distances
 from infobatch_mm.diffusion.first_stage import fingerprint, load_first_stage, moments
 from infobatch_mm.diffusion.images import ImageFolder
+from infobatch_mm.diffusion.pictures import save_extremes
+from infobatch_mm.diffusion.pipelines import build_pipeline, load_pipeline
+from infobatch_mm.diffusion.pixels import RealPixels, to_uint8
 
 from .test_train_ldm import UNET
 
-ROOT = Path(__file__).parents[2]
-TOOLS = ("eval_ldm", "train_ldm", "_ldm_options", "_images")
 IMAGES, HELD_OUT = 24, 10
 
 
 @pytest.fixture(autouse=True)
-def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tools' modules, importable by their bare names for one test."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def nothing_left_behind() -> Iterator[None]:
     state = torch.get_rng_state()
     yield
     torch.set_rng_state(state)
-    for name in TOOLS:
-        sys.modules.pop(name, None)
     forget_accelerators()
-
-
-@pytest.fixture
-def eval_ldm(tools: None) -> ModuleType:
-    import eval_ldm
-
-    return eval_ldm
 
 
 def save_run(folder: Path, vae: torch.nn.Module, seed: int = 0, **unet: Any) -> Path:
     """A pipeline as train_ldm.py leaves it behind."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        from train_ldm import build_pipeline
-    finally:
-        sys.path.pop(0)
     torch.manual_seed(seed)
     model = UNet2DModel(**{**UNET, **unet})
     # by name: diffusers takes what is given by position for defaults, and drops it where another scheduler is made
@@ -114,11 +103,11 @@ def flags(material: Path, *runs: str | Path, **options: Any) -> list[str]:
     return result
 
 
-def real(material: Path, folder: str = "images") -> evaluation.RealPixels:
-    return evaluation.RealPixels(ImageFolder(material / folder, 8))
+def real(material: Path, folder: str = "images") -> RealPixels:
+    return RealPixels(ImageFolder(material / folder, 8))
 
 
-def stacked(pixels: evaluation.RealPixels) -> torch.Tensor:
+def stacked(pixels: RealPixels) -> torch.Tensor:
     return torch.stack([pixels[index] for index in range(len(pixels))])
 
 
@@ -126,11 +115,11 @@ def stacked(pixels: evaluation.RealPixels) -> torch.Tensor:
 
 
 def test_runs_are_measured_side_by_side(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    fetch = evaluation.RealPixels.__getitem__
-    monkeypatch.setattr(evaluation.RealPixels, "__getitem__", lambda self, i: read.append(i) or fetch(self, i))
+    fetch = RealPixels.__getitem__
+    monkeypatch.setattr(RealPixels, "__getitem__", lambda self, i: read.append(i) or fetch(self, i))
     options = dict(eval_data_dir=material / "val", timestep_bands=5, draws_per_image=10, output_dir=tmp_path)
     eval_ldm.main(flags(material, "a", "b", **options))
     a, b = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
@@ -151,9 +140,7 @@ def test_runs_are_measured_side_by_side(
     assert {**alone, "wall_time_s": 0} == {**b, "wall_time_s": 0}
 
 
-def test_the_images_with_the_lowest_and_the_highest_scores_are_shown(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path
-) -> None:
+def test_the_images_with_the_lowest_and_the_highest_scores_are_shown(material: Path, tmp_path: Path) -> None:
     images = ImageFolder(material / "images", 8, center_crop=True)
     order = np.random.default_rng(0).permutation(IMAGES)
     scores = np.empty(IMAGES, dtype=np.float32)
@@ -162,20 +149,20 @@ def test_the_images_with_the_lowest_and_the_highest_scores_are_shown(
     names = [images.names[i] for i in reversed(range(IMAGES))]
     columns = dict(index=np.arange(IMAGES), times_seen=np.ones(IMAGES, dtype=np.int32))
     np.savez(tmp_path / "infobatch_scores.npz", score=scores[::-1], name=np.array([*names]), **columns)
-    eval_ldm.save_extremes(tmp_path, images, 4, tmp_path / "scores.png")
+    save_extremes(tmp_path, images, 4, tmp_path / "scores.png")
     shown = pil_to_tensor(Image.open(tmp_path / "scores.png"))
     assert shown.shape == (3, 2 * 10 + 2, 4 * 10 + 2)
     for place, i in enumerate([*order[1:5], *order[-4:]]):
         top, left = 2 + 10 * (place // 4), 2 + 10 * (place % 4)
-        assert torch.equal(shown[:, top : top + 8, left : left + 8], evaluation.to_uint8(images.fixed(i)))
-    eval_ldm.save_extremes(material, images, 4, tmp_path / "none.png")  # no scores there
+        assert torch.equal(shown[:, top : top + 8, left : left + 8], to_uint8(images.fixed(i)))
+    save_extremes(material, images, 4, tmp_path / "none.png")  # no scores there
     np.savez(tmp_path / "infobatch_scores.npz", score=scores, name=np.array(["other"] * IMAGES), **columns)
-    eval_ldm.save_extremes(tmp_path, images, 4, tmp_path / "none.png")
+    save_extremes(tmp_path, images, 4, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
 def test_results_go_to_the_run_and_say_if_they_cannot_be_compared(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     one = save_run(tmp_path / "one" / "arm", first_stage())
     other = save_run(tmp_path / "two" / "arm", first_stage(seed=1))
@@ -185,8 +172,8 @@ def test_results_go_to_the_run_and_say_if_they_cannot_be_compared(
     assert results[0]["first_stage"] != results[1]["first_stage"]
     assert "held_out_loss" not in results[0]
     assert not (one / "samples.png").exists()
-    assert list(eval_ldm.named([str(one), str(other)])) == ["one/arm", "two/arm"]
-    assert list(eval_ldm.named([str(one)])) == ["arm"]
+    assert list(evaluation.named([str(one), str(other)])) == ["one/arm", "two/arm"]
+    assert list(evaluation.named([str(one)])) == ["arm"]
     eval_ldm.main(flags(material, "a", "b", output_dir=tmp_path / "out"))
     assert "first stages differ" not in " ".join(capsys.readouterr().out.split())
 
@@ -210,7 +197,7 @@ def features_by_hand(run: Path, images: torch.Tensor) -> np.ndarray:
 def test_the_frechet_distance_is_the_formula(material: Path) -> None:
     run = material / "arms" / "a"
     samples = stacked(real(material, "val"))
-    found = evaluation.distances(samples, real(material), first_stage=run, subset_size=5, batch_size=7)
+    found = distances(samples, real(material), first_stage=run, subset_size=5, batch_size=7)
     x, y = features_by_hand(run, samples), features_by_hand(run, stacked(real(material)))
     # |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), Heusel et al., equation 6
     difference = x.mean(0) - y.mean(0)
@@ -227,7 +214,7 @@ def test_the_kernel_distance_is_the_formula(material: Path) -> None:
     samples = stacked(real(material))
     mirrored = samples.flip(2)
     # subsets of all images: whichever order they come in
-    found = evaluation.distances(mirrored, real(material), first_stage=run, subset_size=IMAGES, subsets=2)
+    found = distances(mirrored, real(material), first_stage=run, subset_size=IMAGES, subsets=2)
     x, y = features_by_hand(run, mirrored), features_by_hand(run, samples)
 
     def kernel(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -244,12 +231,12 @@ def test_what_is_closer_to_the_images_has_the_smaller_distance(material: Path) -
 
     def frechet(changed: torch.Tensor) -> float:
         run = material / "arms" / "a"
-        return evaluation.distances(changed, real(material), first_stage=run, subset_size=5)["frechet"]
+        return distances(changed, real(material), first_stage=run, subset_size=5)["frechet"]
 
     noise = torch.randn(samples.shape)
     noised = [(samples + std * noise).round().clamp(0, 255).to(torch.uint8) for std in (0, 10, 60)]
-    distances = [frechet(each) for each in noised]
-    assert abs(distances[0]) < 1e-6 < distances[1] < distances[2]
+    found = [frechet(each) for each in noised]
+    assert abs(found[0]) < 1e-6 < found[1] < found[2]
     assert frechet(samples.flip(2)) > 1e-4  # upside down
 
 
@@ -257,12 +244,12 @@ def test_another_first_stage_is_not_given_the_features_of_this_one(material: Pat
     other = save_run(tmp_path / "other", first_stage(seed=1))
     samples = stacked(real(material, "val"))
     cache = dict(cache_dir=tmp_path / "cache", real_name="real", subset_size=5)
-    evaluation.distances(samples, real(material), first_stage=material / "arms" / "a", **cache)
-    found = evaluation.distances(samples, real(material), first_stage=other, **cache)
-    assert found == evaluation.distances(samples, real(material), first_stage=other, subset_size=5)
+    distances(samples, real(material), first_stage=material / "arms" / "a", **cache)
+    found = distances(samples, real(material), first_stage=other, **cache)
+    assert found == distances(samples, real(material), first_stage=other, subset_size=5)
 
 
-def test_a_first_stage_with_a_posterior_has_features_too(eval_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+def test_a_first_stage_with_a_posterior_has_features_too(material: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -282,19 +269,19 @@ def test_images_are_compared_as_they_are_stored(material: Path, tmp_path: Path) 
     pixels = torch.stack([levels, levels.flip(0), levels.roll(77)]).reshape(3, 16, 16)
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "images" / "all.png")
-    read = evaluation.RealPixels(ImageFolder(tmp_path / "images", 16))[0]
+    read = RealPixels(ImageFolder(tmp_path / "images", 16))[0]
     assert read.dtype == torch.uint8 and torch.equal(read, pixels)
 
 
 def test_fid_is_torch_fidelitys_on_folders_of_the_same_pictures(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tmp_path / "inception.pth"
     random_inception(weights)
     run = material / "arms" / "a"
     drawn: list[torch.Tensor] = []
-    sample = evaluation.sample
-    monkeypatch.setattr(eval_ldm, "sample", lambda *given, **named: drawn.append(sample(*given, **named)) or drawn[0])
+    sample = sampling.sample
+    monkeypatch.setattr(evaluation, "sample", lambda *given, **named: drawn.append(sample(*given, **named)) or drawn[0])
     few = dict(num_samples=6, kid_subset_size=4, output_dir=tmp_path, train_data_dir=material / "val")
     eval_ldm.main(flags(material, run, inception=weights, **few))
     result = json.loads((tmp_path / "evaluation.json").read_text())
@@ -349,42 +336,42 @@ def random_inception(path: Path) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_samples_do_not_depend_on_the_batch(material: Path, eta: float) -> None:
-    pipeline = evaluation.load_pipeline(material / "arms" / "a")
+    pipeline = load_pipeline(material / "arms" / "a")
     step = pipeline.scheduler.step
-    alone, few, all_at_once = (evaluation.sample(pipeline, 5, 4, eta, 0, batch_size) for batch_size in (1, 2, 5))
+    alone, few, all_at_once = (sampling.sample(pipeline, 5, 4, eta, 0, batch_size) for batch_size in (1, 2, 5))
     for other in (alone, few):
         assert (other.int() - all_at_once.int()).abs().max() <= 1
-    assert torch.equal(evaluation.sample(pipeline, 3, 4, eta, 0, 5), all_at_once[:3])
-    assert not torch.equal(evaluation.sample(pipeline, 5, 4, eta, 1, 5), all_at_once)
+    assert torch.equal(sampling.sample(pipeline, 3, 4, eta, 0, 5), all_at_once[:3])
+    assert not torch.equal(sampling.sample(pipeline, 5, 4, eta, 1, 5), all_at_once)
     assert len({bytes(each.numpy()) for each in all_at_once}) == 5
     assert pipeline.scheduler.step == step  # the caller's pipeline is as it was
 
 
 def test_eta_is_the_pipelines(material: Path) -> None:
-    pipeline = evaluation.load_pipeline(material / "arms" / "a")
-    still, stirred = (evaluation.sample(pipeline, 4, 4, eta) for eta in (0.0, 1.0))
+    pipeline = load_pipeline(material / "arms" / "a")
+    still, stirred = (sampling.sample(pipeline, 4, 4, eta) for eta in (0.0, 1.0))
     assert not torch.equal(still, stirred)
 
 
 def test_samples_are_what_the_pipeline_saves(material: Path) -> None:
     saved = LDMPipeline.from_pretrained(material / "arms" / "a")
     saved.set_progress_bar_config(disable=True)
-    key = (3, evaluation._SAMPLES)
-    generators = [evaluation.rng.generator(*key, index) for index in range(4)]
+    key = (3, sampling._SAMPLES)
+    generators = [rng.generator(*key, index) for index in range(4)]
     pictures = torch.stack([pil_to_tensor(each) for each in saved(4, generators, num_inference_steps=5).images])
-    pipeline = evaluation.load_pipeline(material / "arms" / "a")
-    assert torch.equal(evaluation.sample(pipeline, 4, 5, seed=3), pictures)
+    pipeline = load_pipeline(material / "arms" / "a")
+    assert torch.equal(sampling.sample(pipeline, 4, 5, seed=3), pictures)
 
 
 # ---- bands of timesteps ----------------------------------------------------------------------------------------
 
 
-def test_bands_are_those_of_a_loop(eval_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+def test_bands_are_those_of_a_loop(material: Path, tmp_path: Path) -> None:
     eval_ldm.main(
         flags(material, eval_data_dir=material / "val", timestep_bands=4, draws_per_image=8, output_dir=tmp_path)
     )
     result = json.loads((tmp_path / "evaluation.json").read_text())
-    pipeline = evaluation.load_pipeline(material / "arms" / "a")
+    pipeline = load_pipeline(material / "arms" / "a")
     alphas = pipeline.scheduler.alphas_cumprod.double()
     images = ImageFolder(material / "val", 8)
     latents = torch.cat([moments(pipeline.vqvae, images.fixed(index)[None])[0] for index in range(HELD_OUT)])
@@ -408,11 +395,7 @@ def test_bands_are_those_of_a_loop(eval_ldm: ModuleType, material: Path, tmp_pat
     )
 
 
-def test_the_overall_loss_is_the_one_the_training_measures(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path
-) -> None:
-    import train_ldm
-
+def test_the_overall_loss_is_the_one_the_training_measures(material: Path, tmp_path: Path) -> None:
     recipe = dict(train_data_dir=material / "images", eval_data_dir=material / "val", vae=material / "arms" / "a")
     recipe |= dict(unet_config=json.dumps(UNET), resolution=8, num_epochs=1, ddpm_num_steps=50, logger="none")
     recipe |= dict(ddpm_num_inference_steps=2, save_images_epochs=0, prediction_type="v_prediction", snr_gamma=5)
@@ -438,7 +421,7 @@ def test_timesteps_of_bands_are_those_that_are_drawn() -> None:
         denoising = Denoising(DDPMScheduler(num_timesteps))
         seen.clear()
         losses = losses_over_timesteps(denoising, model, items, torch.device("cpu"), 400, bands * per_band)
-        rows = evaluation.loss_by_band(losses, denoising.scheduler, bands)
+        rows = loss_by_band(losses, denoising.scheduler, bands)
         for band, row in enumerate(rows):
             drawn = torch.cat(seen[band * per_band : (band + 1) * per_band])
             assert (int(drawn.min()), int(drawn.max())) == (row["first_timestep"], row["last_timestep"])
@@ -449,23 +432,21 @@ def test_timesteps_of_bands_are_those_that_are_drawn() -> None:
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
-def refusal(eval_ldm: ModuleType, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> str:
+def refusal(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> str:
     """The message of a refusal, before anything is sampled."""
 
     def sample(*_: Any, **__: Any) -> None:
         raise AssertionError("sampled before it was refused")
 
-    monkeypatch.setattr(eval_ldm, "sample", sample)
+    monkeypatch.setattr(evaluation, "sample", sample)
     with pytest.raises(SystemExit) as caught:
         eval_ldm.main(argv)
     return str(caught.value)
 
 
-def test_runs_that_cannot_be_used_are_refused(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_that_cannot_be_used_are_refused(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(run: Path, *more: str, **options: Any) -> str:
-        return refusal(eval_ldm, monkeypatch, flags(material, run, *more, **options))
+        return refusal(monkeypatch, flags(material, run, *more, **options))
 
     assert "holds no finished training" in refused(tmp_path / "nowhere")
     # the last of several is looked at before the first is sampled
@@ -486,11 +467,9 @@ def test_runs_that_cannot_be_used_are_refused(
     assert "in_channels=4, the latents of the first stage have 3" in refused(unfit)
 
 
-def test_images_that_do_not_fit_are_refused(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_do_not_fit_are_refused(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*runs: str, **options: Any) -> str:
-        return refusal(eval_ldm, monkeypatch, flags(material, *runs, **options))
+        return refusal(monkeypatch, flags(material, *runs, **options))
 
     assert "have 8 pixels in width and height, not 16" in refused(resolution=16)
     larger = save_run(tmp_path / "larger", first_stage(), sample_size=8)
@@ -513,10 +492,10 @@ def test_images_that_do_not_fit_are_refused(
 
 
 def test_inception_weights_that_are_none_are_refused(
-    eval_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(path: Path) -> str:
-        return refusal(eval_ldm, monkeypatch, flags(material, inception=path))
+        return refusal(monkeypatch, flags(material, inception=path))
 
     path = tmp_path / "inception.pth"
     assert f"cannot use the Inception weights {path} ([Errno 2] No such file" in refused(path)
@@ -538,9 +517,7 @@ def test_inception_weights_that_are_none_are_refused(
         (["--dataset_name=x"], "either --train_data_dir or --dataset_name"),
     ],
 )
-def test_a_wrong_option_is_named(
-    eval_ldm: ModuleType, capsys: pytest.CaptureFixture, more: list[str], message: str
-) -> None:
+def test_a_wrong_option_is_named(capsys: pytest.CaptureFixture, more: list[str], message: str) -> None:
     with pytest.raises(SystemExit):
         eval_ldm.parse_args(["run", "--train_data_dir=x", *more])
     assert message in capsys.readouterr().err
@@ -549,4 +526,12 @@ def test_a_wrong_option_is_named(
 def test_both_spaces_or_none_are_refused(material: Path) -> None:
     samples = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match="name either"):
-        evaluation.distances(samples, real(material), subset_size=2)
+        distances(samples, real(material), subset_size=2)
+
+
+def test_without_torch_fidelity_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    found = importlib.util.find_spec("infobatch_mm.diffusion.features")
+    assert found is not None and found.loader is not None
+    with pytest.raises(ImportError, match=r"needs torch-fidelity: pip install 'infobatch_mm\[diffusers\]'"):
+        found.loader.exec_module(importlib.util.module_from_spec(found))

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,10 @@ from diffusers import AutoencoderKL, VQModel
 from launching import accelerate_launch, forget_accelerators
 from PIL import Image
 
+from infobatch_mm.cli import train_autoencoder
+from infobatch_mm.diffusion.codebook import Codebook
 from infobatch_mm.diffusion.first_stage import fingerprint, latent_shape, load_first_stage, moments
+from infobatch_mm.diffusion.first_stage_training import Autoencoding, build_model
 from infobatch_mm.diffusion.images import ImageFolder
 
 ROOT = Path(__file__).parents[2]
@@ -53,16 +55,6 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(ROOT / "tools"))
-    import train_autoencoder
-
-    yield train_autoencoder
-    sys.path.remove(str(ROOT / "tools"))
-    sys.modules.pop("train_autoencoder", None)
-
-
-@pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 drawn pictures of 16 x 16."""
     from infobatch_mm.demo.shapes import draw_dataset
@@ -88,13 +80,11 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["vq", "kl"])
-def run(
-    request: pytest.FixtureRequest, tool: ModuleType, pictures: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Run:
+def run(request: pytest.FixtureRequest, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A short training of 12 epochs, 60 steps."""
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.redirect_stdout(open(folder / "said.txt", "w")) as said:
-        tool.main(flags(pictures, folder, model_type=request.param, num_epochs=12, save_images_epochs=8))
+        train_autoencoder.main(flags(pictures, folder, model_type=request.param, num_epochs=12, save_images_epochs=8))
         said.close()
     last = (folder / "said.txt").read_text().splitlines()[-1]
     return Run({"vq": VQModel, "kl": AutoencoderKL}[request.param], folder, last)
@@ -171,28 +161,26 @@ def test_its_pictures_show_images_above_their_reconstructions(run: Run, pictures
             assert np.abs(seen - expected).max() < 1
 
 
-def test_equal_seeds_train_equal_models(tool: ModuleType, pictures: Path, tmp_path: Path) -> None:
+def test_equal_seeds_train_equal_models(pictures: Path, tmp_path: Path) -> None:
     prints = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        tool.main(flags(pictures, tmp_path / name, seed=seed, random_flip=True, max_train_steps=6))
+        train_autoencoder.main(flags(pictures, tmp_path / name, seed=seed, random_flip=True, max_train_steps=6))
         forget()
         prints.append(fingerprint(load_first_stage(str(tmp_path / name))))
     assert prints[0] == prints[1] != prints[2]
 
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])
-def test_half_precision_is_of_the_steps_alone(tool: ModuleType, pictures: Path, tmp_path: Path, kind: str) -> None:
+def test_half_precision_is_of_the_steps_alone(pictures: Path, tmp_path: Path, kind: str) -> None:
     options = dict(mixed_precision="bf16", model_type=kind, max_train_steps=4)
-    tool.main(flags(pictures, tmp_path, **options))
+    train_autoencoder.main(flags(pictures, tmp_path, **options))
     vae = load_first_stage(str(tmp_path))
     assert vae.dtype == torch.float32 and all(weight.isfinite().all() for weight in vae.parameters())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
-def test_the_shortest_run_draws_its_codes_all_the_same(
-    tool: ModuleType, pictures: Path, tmp_path: Path, steps: int
-) -> None:
-    tool.main(flags(pictures, tmp_path, max_train_steps=steps))
+def test_the_shortest_run_draws_its_codes_all_the_same(pictures: Path, tmp_path: Path, steps: int) -> None:
+    train_autoencoder.main(flags(pictures, tmp_path, max_train_steps=steps))
     vae = load_first_stage(str(tmp_path))
     latents = vae.encode(pixels_of(pictures)).latents
     spread = latents.std((0, 2, 3))
@@ -204,11 +192,11 @@ def test_the_shortest_run_draws_its_codes_all_the_same(
 # ---- the codebook ------------------------------------------------------------------------------------------------
 
 
-def test_codes_are_brought_into_use_and_used_ones_left_alone(tool: ModuleType) -> None:
+def test_codes_are_brought_into_use_and_used_ones_left_alone() -> None:
     torch.manual_seed(0)
     vae = VQModel(num_vq_embeddings=16, block_out_channels=(8,), norm_num_groups=4)
     codes = vae.quantize.embedding.weight.data
-    codebook = tool.Codebook(vae, Accelerator(cpu=True), steps=100, seed=0)
+    codebook = Codebook(vae, Accelerator(cpu=True), steps=100, seed=0)
     latents = torch.randn(4, 3, 8, 8) + 20
     flat = latents.movedim(1, -1).reshape(-1, 3)
 
@@ -233,10 +221,10 @@ def test_codes_are_brought_into_use_and_used_ones_left_alone(tool: ModuleType) -
     assert used() <= 3
 
 
-def test_without_its_codebook_the_model_is_a_plain_autoencoder(tool: ModuleType) -> None:
+def test_without_its_codebook_the_model_is_a_plain_autoencoder() -> None:
     torch.manual_seed(0)
     vae = VQModel(num_vq_embeddings=16, block_out_channels=(8,), norm_num_groups=4)
-    step = tool.Autoencoding(vae)
+    step = Autoencoding(vae)
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     made, commitment, _ = step(images, quantise=False)
     torch.testing.assert_close(made, vae.decode(vae.encode(images).latents, force_not_quantize=True).sample)
@@ -248,11 +236,11 @@ def test_without_its_codebook_the_model_is_a_plain_autoencoder(tool: ModuleType)
     assert commitment > 0 and not latents.requires_grad
 
 
-def test_the_regulariser_of_a_kl_model_is_its_divergence_per_value(tool: ModuleType) -> None:
+def test_the_regulariser_of_a_kl_model_is_its_divergence_per_value() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
     images = torch.rand(5, 3, 8, 8) * 2 - 1
-    _, divergence, mean = tool.Autoencoding(vae)(images)
+    _, divergence, mean = Autoencoding(vae)(images)
     posterior = vae.encode(images).latent_dist
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).mean()
@@ -281,30 +269,30 @@ def test_the_regulariser_of_a_kl_model_is_its_divergence_per_value(tool: ModuleT
     ],
 )
 def test_a_wrong_option_is_named(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, options: dict[str, Any], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SystemExit):
-        tool.main(flags(tmp_path, tmp_path / "out", **options))
+        train_autoencoder.main(flags(tmp_path, tmp_path / "out", **options))
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("kind", ["vq", "kl"])
-def test_the_default_widths_make_a_model_of_any_factor(tool: ModuleType, factor: int, kind: str) -> None:
+def test_the_default_widths_make_a_model_of_any_factor(factor: int, kind: str) -> None:
     options = ["--train_data_dir", "a", "--downsample_factor", str(factor), "--model_type", kind]
-    vae = tool.build_model(tool.parse_args(options))
+    vae = build_model(train_autoencoder.parse_args(options))
     assert latent_shape(vae, 64)[1:] == (64 // factor, 64 // factor)
 
 
-def test_images_that_cannot_be_trained_on_are_refused_in_a_line(tool: ModuleType, tmp_path: Path) -> None:
+def test_images_that_cannot_be_trained_on_are_refused_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="error: there is no folder"):
-        tool.main(flags(tmp_path / "nowhere", tmp_path / "out"))
+        train_autoencoder.main(flags(tmp_path / "nowhere", tmp_path / "out"))
     (tmp_path / "images").mkdir()
     (tmp_path / "images/0.png").write_bytes(b"")
     forget()
     with pytest.raises(SystemExit, match=r"error: 1 of 1 images cannot be read: 0.png"):
-        tool.main(flags(tmp_path / "images", tmp_path / "out"))
+        train_autoencoder.main(flags(tmp_path / "images", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -312,17 +300,18 @@ def test_images_that_cannot_be_trained_on_are_refused_in_a_line(tool: ModuleType
 
 
 @pytest.mark.dist
-def test_two_processes_train_one_model(tool: ModuleType, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_train_one_model(pictures: Path, tmp_path: Path) -> None:
     """Their replicas stay equal, whatever codes are drawn: each leaves the fingerprint of its weights."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
-        f"sys.path[:0] = [{str(ROOT / 'tools')!r}, {str(ROOT)!r}]\n"
-        "import train_autoencoder as tool\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from infobatch_mm.cli import train_autoencoder\n"
+        "from infobatch_mm.diffusion import first_stage_training as training\n"
         "from infobatch_mm.diffusion.first_stage import fingerprint\n"
-        "models, build = [], tool.build_model\n"
-        "tool.build_model = lambda args: models.append(build(args)) or models[-1]\n"
-        "tool.main(sys.argv[1:])\n"
+        "models, build = [], training.build_model\n"
+        "training.build_model = lambda args: models.append(build(args)) or models[-1]\n"
+        "train_autoencoder.main(sys.argv[1:])\n"
         "models[0].register_to_config(scaling_factor=1.0)\n"
         f"open({str(tmp_path)!r} + '/weights.' + os.environ['RANK'], 'w').write(fingerprint(models[0]))\n"
     )

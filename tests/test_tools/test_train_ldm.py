@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,15 +24,23 @@ pytest.importorskip("torchvision")
 import torch.nn.functional as F
 import yaml
 from accelerate import Accelerator, DataLoaderConfiguration
-from diffusers import LDMPipeline, UNet2DModel, VQModel
+from accelerate.utils import set_seed
+from diffusers import DDPMScheduler, LDMPipeline, UNet2DModel, VQModel
+from diffusers.optimization import get_scheduler
 from launching import accelerate_launch, forget_accelerators
 from safetensors.torch import load_file
 
+from infobatch_mm.cli import train_ldm
 from infobatch_mm.core import read_scores
+from infobatch_mm.diffusion import AcceleratedInfoBatch, training
+from infobatch_mm.diffusion.checkpoints import checkpoints, find_checkpoint
+from infobatch_mm.diffusion.denoising import Denoising, draw, log_snr, predictor
+from infobatch_mm.diffusion.encoding import encoded
+from infobatch_mm.diffusion.first_stage import load_first_stage, moments
 from infobatch_mm.diffusion.images import ImageFolder
+from infobatch_mm.diffusion.options import parse_options
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("train_ldm", "_ldm_options", "compare_ldm", "_report", "_arms")
 IMAGES = 22
 UNET = dict(
     sample_size=4,
@@ -49,20 +56,10 @@ UNET = dict(
 
 
 @pytest.fixture(autouse=True)
-def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tools' modules, importable by their bare names for one test; and no accelerate state of the test before."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def nothing_left_behind() -> Iterator[None]:
+    """No accelerate state of the test before."""
     yield
-    for name in TOOLS:
-        sys.modules.pop(name, None)
     forget_accelerators()
-
-
-@pytest.fixture
-def train_ldm(tools: None) -> ModuleType:
-    import train_ldm
-
-    return train_ldm
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +107,11 @@ def flags(material: Path, output_dir: Path, **options: Any) -> list[str]:
     return result
 
 
-def recorded(train_ldm: ModuleType, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> list[dict[str, Any]]:
+def recorded(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> list[dict[str, Any]]:
     """Train in this process; what each batch was and what it gave."""
     steps: list[dict[str, Any]] = []
 
-    class Recording(train_ldm.AcceleratedInfoBatch):  # type: ignore[name-defined, misc]
+    class Recording(AcceleratedInfoBatch):
         def weigh(self, losses: torch.Tensor, scores: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
             weights = self._in_hand.weights
             entry = dict(pass_index=self.passes_done, index=self.index.tolist())
@@ -124,7 +121,7 @@ def recorded(train_ldm: ModuleType, monkeypatch: pytest.MonkeyPatch, argv: list[
             return weighted
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_ldm, "AcceleratedInfoBatch", Recording)
+        patched.setattr(training, "AcceleratedInfoBatch", Recording)
         train_ldm.main(argv)
     return steps
 
@@ -143,7 +140,7 @@ def summary_of(output_dir: Path) -> dict[str, Any]:
 
 
 def test_a_pruned_run_leaves_a_pipeline_samples_and_its_books(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
     options = dict(save_images_epochs=2, checkpointing_steps=4, checkpoints_total_limit=2, logger="tensorboard")
@@ -154,7 +151,7 @@ def test_a_pruned_run_leaves_a_pipeline_samples_and_its_books(
     assert summary["visits"] < summary["visits_full"] == 5 * IMAGES
     assert summary["iterations"] == sum(math.ceil(entry["kept"] / 4) for entry in summary["per_pass"])
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["0002.png", "0004.png", "0005.png"]
-    assert [path.name for path in train_ldm.checkpoints(out)] == [f"checkpoint-{n}" for n in (16, 20)]
+    assert [path.name for path in checkpoints(out)] == [f"checkpoint-{n}" for n in (16, 20)]
     assert not list(out.glob("*.partial"))
     assert math.isfinite(json.loads((out / "metrics.json").read_text())["held_out_loss"])
     assert list(out.rglob("events.out.tfevents.*"))
@@ -168,9 +165,9 @@ def test_a_pruned_run_leaves_a_pipeline_samples_and_its_books(
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_scores_and_plans_are_those_of_the_images(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    steps = recorded(train_ldm, monkeypatch, flags(material, tmp_path, cache_latents=cached))
+    steps = recorded(monkeypatch, flags(material, tmp_path, cache_latents=cached))
     by_pass: dict[int, list[int]] = {}
     for step in steps:
         by_pass.setdefault(step["pass_index"], []).extend(step["index"])
@@ -181,39 +178,39 @@ def test_scores_and_plans_are_those_of_the_images(
 
 
 def test_cached_latents_are_trained_on_as_encoded_ones(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    direct = recorded(train_ldm, monkeypatch, flags(material, tmp_path / "direct"))
-    cached = recorded(train_ldm, monkeypatch, flags(material, tmp_path / "cached", cache_latents=True))
+    direct = recorded(monkeypatch, flags(material, tmp_path / "direct"))
+    cached = recorded(monkeypatch, flags(material, tmp_path / "cached", cache_latents=True))
     assert [step["index"] for step in cached] == [step["index"] for step in direct]
     assert [step["loss"] for step in cached] == pytest.approx([step["loss"] for step in direct], rel=1e-5)
 
 
 def test_weights_of_one_give_the_losses_of_a_loop_without_us(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = recorded(train_ldm, monkeypatch, flags(material, tmp_path, policy="none"))
+    steps = recorded(monkeypatch, flags(material, tmp_path, policy="none"))
     # the same training by hand: accelerate's order, the batch mean
     forget_accelerators()
     config = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
     accelerator = Accelerator(cpu=True, dataloader_config=config)
-    args = train_ldm.parse_options(flags(material, tmp_path / "unused"))
-    vae = train_ldm.load_first_stage(args.vae)
+    args = parse_options(flags(material, tmp_path / "unused"))
+    vae = load_first_stage(args.vae)
     images = ImageFolder(args.train_data_dir, 8)
-    latents = torch.stack([train_ldm.moments(vae, images.fixed(i)[None])[0][0] for i in range(IMAGES)])
+    latents = torch.stack([moments(vae, images.fixed(i)[None])[0][0] for i in range(IMAGES)])
     loader = torch.utils.data.DataLoader(range(IMAGES), 4, shuffle=True)
-    train_ldm.set_seed(0)
+    set_seed(0)
     unet = UNet2DModel.from_config(UNET)
     optimizer = torch.optim.AdamW(unet.parameters(), 1e-3)
-    schedule = train_ldm.get_scheduler("cosine", optimizer, num_warmup_steps=3, num_training_steps=5 * 6)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=3, num_training_steps=5 * 6)
     unet, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
-    noise_scheduler = train_ldm.DDPMScheduler(
+    noise_scheduler = DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, clip_sample=False
     )
     expected, order = [], []
     for epoch in range(5):
         for index in loader:
-            drawn = train_ldm.draw(index.tolist(), (3, 4, 4), 1000, 0, epoch)
+            drawn = draw(index.tolist(), (3, 4, 4), 1000, 0, epoch)
             noisy = noise_scheduler.add_noise(latents[index], drawn.noise, drawn.timesteps)
             loss = F.mse_loss(unet(noisy, drawn.timesteps).sample, drawn.noise)
             accelerator.backward(loss)
@@ -229,22 +226,20 @@ def test_weights_of_one_give_the_losses_of_a_loop_without_us(
 
 
 def test_min_snr_weights_the_loss_and_not_the_score(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
     first, scores = {}, {}
     for name, options in (("plain", {}), ("clipped", {"snr_gamma": 0.5})):
         out = tmp_path / name
-        first[name] = recorded(train_ldm, monkeypatch, flags(material, out, num_epochs=1, learning_rate=0, **options))
+        first[name] = recorded(monkeypatch, flags(material, out, num_epochs=1, learning_rate=0, **options))
         scores[name] = read_scores(out)["score"]
     assert sum(step["loss"] for step in first["clipped"]) < sum(step["loss"] for step in first["plain"])
     assert scores["clipped"] == pytest.approx(scores["plain"], rel=1e-6)
 
 
 @pytest.mark.parametrize("score", ["raw", "ema", "timestep"])
-def test_scores_are_what_they_say_of_the_losses_of_all_visits(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, score: str
-) -> None:
+def test_scores_are_what_they_say_of_the_losses_of_all_visits(material: Path, tmp_path: Path, score: str) -> None:
     import numpy as np
     from test_core.test_noise_levels import twin
 
@@ -252,14 +247,14 @@ def test_scores_are_what_they_say_of_the_losses_of_all_visits(
     train_ldm.main(flags(material, tmp_path, num_epochs=passes, **options))
     pipeline = LDMPipeline.from_pretrained(tmp_path)
     images = ImageFolder(material / "images", 8)
-    latents = train_ldm.encoded(pipeline.vqvae, images, range(IMAGES))
+    latents = encoded(pipeline.vqvae, images, range(IMAGES))
     visits = []
     for number in range(passes):
-        drawn = train_ldm.draw(range(IMAGES), latents.shape[1:], 1000, 0, number)
-        model = train_ldm.predictor(pipeline.unet)
+        drawn = draw(range(IMAGES), latents.shape[1:], 1000, 0, number)
+        model = predictor(pipeline.unet)
         with torch.no_grad():
-            _, losses = train_ldm.Denoising(pipeline.scheduler).losses(model, latents, drawn.noise, drawn.timesteps)
-        levels = train_ldm.log_snr(pipeline.scheduler, drawn.timesteps)
+            _, losses = Denoising(pipeline.scheduler).losses(model, latents, drawn.noise, drawn.timesteps)
+        levels = log_snr(pipeline.scheduler, drawn.timesteps)
         visits.append(list(zip(range(IMAGES), losses.tolist(), levels.tolist(), strict=True)))
     if score == "timestep":
         expected = twin(visits, 0.9)
@@ -274,7 +269,7 @@ def test_scores_are_what_they_say_of_the_losses_of_all_visits(
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_training_in_steps_ends_with_its_schedule(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
     """22 images are 6 batches: 27 of them are 4.5 epochs, whatever --num_epochs says."""
     out, steps = tmp_path / "out", 27 // accumulate + (accumulate > 1) * 2  # 15 updates of 3 to an epoch
@@ -284,33 +279,29 @@ def test_a_training_in_steps_ends_with_its_schedule(
         patched.setattr(
             Accelerator, "log", lambda self, values, step: rates.append(values.get("lr", rates and rates[-1]))
         )
-        done = recorded(train_ldm, monkeypatch, flags(material, out, checkpointing_steps=7, **options))
+        done = recorded(monkeypatch, flags(material, out, checkpointing_steps=7, **options))
     summary = summary_of(out)
     assert summary["passes_done"] == 5 and summary["passes_total"] == (4.5 if accumulate == 1 else 5)
     assert summary["iterations_full"] == (27 if accumulate == 1 else 30)
     assert summary["saved_ratio"] > 0 and [rate for rate in rates if rate is not None][-1] == 0
     assert len(done) == summary["iterations"] < summary["iterations_full"]
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["0004.png", "0005.png"]
-    for checkpoint in train_ldm.checkpoints(out)[1:]:
+    for checkpoint in checkpoints(out)[1:]:
         shutil.rmtree(checkpoint)
     options["resume_from_checkpoint"] = "latest"
     more = {**options, "max_train_steps": steps + 1}
-    assert re.search(
-        rf"of a training of {steps} .*this one has {steps + 1}", refusal(train_ldm, flags(material, out, **more))
-    )
+    assert re.search(rf"of a training of {steps} .*this one has {steps + 1}", refusal(flags(material, out, **more)))
     forget_accelerators()
-    rest = recorded(train_ldm, monkeypatch, flags(material, out, **options))
+    rest = recorded(monkeypatch, flags(material, out, **options))
     assert rest == done[len(done) - len(rest) :] and 0 < len(rest) < len(done)
 
 
-def test_batches_of_another_size_take_other_steps_for_the_same_training(
-    train_ldm: ModuleType, material: Path, tmp_path: Path
-) -> None:
+def test_batches_of_another_size_take_other_steps_for_the_same_training(material: Path, tmp_path: Path) -> None:
     train_ldm.main(flags(material, tmp_path, max_train_steps=27, checkpointing_steps=7))
-    for checkpoint in train_ldm.checkpoints(tmp_path)[1:]:
+    for checkpoint in checkpoints(tmp_path)[1:]:
         shutil.rmtree(checkpoint)
     options = dict(resume_from_checkpoint="latest", train_batch_size=2)
-    message = refusal(train_ldm, flags(material, tmp_path, max_train_steps=27, **options))
+    message = refusal(flags(material, tmp_path, max_train_steps=27, **options))
     assert "of a training of 27 steps, 6 to an epoch, this one has 27, 11 to an epoch" in message
     assert "use max_train_steps=50" in message
     forget_accelerators()
@@ -350,49 +341,43 @@ def test_a_killed_run_goes_on_to_the_same_weights(material: Path, tmp_path: Path
 
 @pytest.mark.parametrize("at", [1, 5, 6, 7, 10])
 def test_every_position_is_one_to_resume_from(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """The first batch of a pass, its last one, the first of a pruned one: the rest is the same to the bit."""
-    whole = recorded(train_ldm, monkeypatch, flags(material, tmp_path, checkpointing_steps=at))
+    whole = recorded(monkeypatch, flags(material, tmp_path, checkpointing_steps=at))
     weights = unet_weights(tmp_path)
-    for checkpoint in train_ldm.checkpoints(tmp_path)[1:]:
+    for checkpoint in checkpoints(tmp_path)[1:]:
         shutil.rmtree(checkpoint)
     forget_accelerators()
-    rest = recorded(
-        train_ldm, monkeypatch, flags(material, tmp_path, checkpointing_steps=1000, resume_from_checkpoint="latest")
-    )
+    rest = recorded(monkeypatch, flags(material, tmp_path, checkpointing_steps=1000, resume_from_checkpoint="latest"))
     assert rest == whole[at:]
     assert all(torch.equal(value, weights[name]) for name, value in unet_weights(tmp_path).items())
 
 
-def test_with_larger_batches_a_resumed_run_keeps_its_own_checkpoints(
-    train_ldm: ModuleType, material: Path, tmp_path: Path
-) -> None:
+def test_with_larger_batches_a_resumed_run_keeps_its_own_checkpoints(material: Path, tmp_path: Path) -> None:
     options = dict(checkpoints_total_limit=1, num_epochs=5)
     train_ldm.main(flags(material, tmp_path, checkpointing_steps=9, **options))
-    assert [path.name for path in train_ldm.checkpoints(tmp_path)] == ["checkpoint-18"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-18"]
     options |= dict(train_batch_size=8, resume_from_checkpoint="latest")
     train_ldm.main(flags(material, tmp_path, checkpointing_steps=1, **options))
-    (left,) = train_ldm.checkpoints(tmp_path)
+    (left,) = checkpoints(tmp_path)
     assert int(left.name.split("-")[1]) > 18
 
 
 def test_what_an_earlier_checkpoint_is_resumed_into_sets_later_ones_aside(
-    train_ldm: ModuleType, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = recorded(train_ldm, monkeypatch, flags(material, tmp_path, checkpointing_steps=6))
-    assert len(train_ldm.checkpoints(tmp_path)) == 3
+    whole = recorded(monkeypatch, flags(material, tmp_path, checkpointing_steps=6))
+    assert len(checkpoints(tmp_path)) == 3
     options = dict(checkpointing_steps=7, checkpoints_total_limit=2, resume_from_checkpoint="checkpoint-6")
-    rest = recorded(train_ldm, monkeypatch, flags(material, tmp_path, **options))
+    rest = recorded(monkeypatch, flags(material, tmp_path, **options))
     assert rest == whole[6:]
-    assert [path.name for path in train_ldm.checkpoints(tmp_path)] == ["checkpoint-14", "checkpoint-21"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-14", "checkpoint-21"]
     superseded = sorted(path.name for path in tmp_path.glob("*.superseded"))
     assert superseded == ["checkpoint-12.superseded", "checkpoint-18.superseded"]
 
 
-def test_the_factor_of_the_latents_can_be_set_and_is_kept(
-    train_ldm: ModuleType, material: Path, tmp_path: Path
-) -> None:
+def test_the_factor_of_the_latents_can_be_set_and_is_kept(material: Path, tmp_path: Path) -> None:
     train_ldm.main(flags(material, tmp_path, vae_scaling_factor=2.0, num_epochs=1))
     assert LDMPipeline.from_pretrained(tmp_path).vqvae.config.scaling_factor == 2.0
 
@@ -447,16 +432,16 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
 # ---- options and recipes ---------------------------------------------------------------------------------------
 
 
-def test_a_recipe_is_built_on_another_and_the_command_line_wins(train_ldm: ModuleType, tmp_path: Path) -> None:
+def test_a_recipe_is_built_on_another_and_the_command_line_wins(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(
         "resolution: 64\nuse_ema: true\nlearning_rate: 1e-5\nunet_config: {a: [1, 2]}\n"
     )
     (tmp_path / "top.yaml").write_text("_base_: base.yaml\nresolution: 32\npolicy: none\n")
     common = ["--config", str(tmp_path / "top.yaml"), "--train_data_dir=x", "--vae=x", "--output_dir=x"]
-    args = train_ldm.parse_options(common)
+    args = parse_options(common)
     assert (args.resolution, args.use_ema, args.learning_rate, args.policy) == (32, True, 1e-5, "none")
     assert args.unet_config == {"a": [1, 2]}
-    args = train_ldm.parse_options([*common, "--no-use_ema", "--resolution", "16"])
+    args = parse_options([*common, "--no-use_ema", "--resolution", "16"])
     assert (args.resolution, args.use_ema, args.policy) == (16, False, "none")
 
 
@@ -478,118 +463,121 @@ def test_a_recipe_is_built_on_another_and_the_command_line_wins(train_ldm: Modul
     ],
 )
 def test_a_wrong_option_is_named(
-    train_ldm: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture, recipe: str, more: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture, recipe: str, more: list[str], message: str
 ) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe + "\n")
     common = ["--config", str(path), "--train_data_dir=x", "--vae=x", "--output_dir=x"]
     with pytest.raises(SystemExit):
-        train_ldm.parse_options([*common, *([] if "unet" in recipe else ["--unet_config={}"]), *more])
+        parse_options([*common, *([] if "unet" in recipe else ["--unet_config={}"]), *more])
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["vae", "unet_config", "output_dir"])
-def test_what_is_needed_is_asked_for(train_ldm: ModuleType, capsys: pytest.CaptureFixture, missing: str) -> None:
+def test_what_is_needed_is_asked_for(capsys: pytest.CaptureFixture, missing: str) -> None:
     given = {"vae": "x", "unet_config": "{}", "output_dir": "x", "train_data_dir": "x"}
     with pytest.raises(SystemExit):
-        train_ldm.parse_options([f"--{name}={value}" for name, value in given.items() if name != missing])
+        parse_options([f"--{name}={value}" for name, value in given.items() if name != missing])
     assert f"--{missing} is needed" in capsys.readouterr().err
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------
 
 
-def refusal(train_ldm: ModuleType, argv: list[str]) -> str:
+def refusal(argv: list[str]) -> str:
     forget_accelerators()
     with pytest.raises(ValueError) as caught:
-        train_ldm.train(train_ldm.parse_options(argv))
+        training.train(parse_options(argv))
     return str(caught.value)
 
 
-def test_settings_out_of_range_are_refused_first(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
-    assert "prune_ratio=1.5 is outside [0, 1)" in refusal(train_ldm, flags(material, tmp_path, prune_ratio=1.5))
-    assert "unknown policy 'best'" in refusal(train_ldm, flags(material, tmp_path, policy="best"))
-    assert "snr_gamma=-1.0 is not positive" in refusal(train_ldm, flags(material, tmp_path, snr_gamma=-1))
-    assert "score_ema=1.0 is outside [0, 1)" in refusal(train_ldm, flags(material, tmp_path, score_ema=1))
-    assert "contradict" in refusal(train_ldm, flags(material, tmp_path, score="raw", score_ema=0.5))
-    assert "quantile=0.0 is outside (0, 1]" in refusal(train_ldm, flags(material, tmp_path, prune_quantile=0))
+def test_settings_out_of_range_are_refused_first(material: Path, tmp_path: Path) -> None:
+    assert "prune_ratio=1.5 is outside [0, 1)" in refusal(flags(material, tmp_path, prune_ratio=1.5))
+    assert "unknown policy 'best'" in refusal(flags(material, tmp_path, policy="best"))
+    assert "snr_gamma=-1.0 is not positive" in refusal(flags(material, tmp_path, snr_gamma=-1))
+    assert "score_ema=1.0 is outside [0, 1)" in refusal(flags(material, tmp_path, score_ema=1))
+    assert "contradict" in refusal(flags(material, tmp_path, score="raw", score_ema=0.5))
+    assert "quantile=0.0 is outside (0, 1]" in refusal(flags(material, tmp_path, prune_quantile=0))
     assert not list(tmp_path.iterdir())
 
 
-def test_what_makes_no_training_is_refused_before_the_images_are_encoded(
-    train_ldm: ModuleType, material: Path, tmp_path: Path
+@pytest.mark.parametrize("program", ["tools/train_ldm.py", "infobatch-mm train-ldm"])
+def test_a_refusal_begins_with_the_name_of_the_program(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit, match=rf"^{Path(program).name}: prune_ratio=1.5 is outside"):
+        train_ldm.main(flags(material, tmp_path, prune_ratio=1.5))
+
+
+def test_what_makes_no_training_is_refused_before_the_images_are_encoded(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     big = flags(material, out, cache_latents=True, train_batch_size=IMAGES + 1)
-    assert f"holds {IMAGES + 1} images but there are only {IMAGES}" in refusal(train_ldm, big)
+    assert f"holds {IMAGES + 1} images but there are only {IMAGES}" in refusal(big)
     unet = tmp_path / "unet.json"
     unet.write_text(json.dumps({**UNET, "layer_per_block": 2}))
-    assert "no setting 'layer_per_block'" in refusal(train_ldm, flags(material, out, unet_config=unet))
+    assert "no setting 'layer_per_block'" in refusal(flags(material, out, unet_config=unet))
     assert not list(out.iterdir())
     (tmp_path / "file").write_text("")
-    assert "cannot write to --output_dir" in refusal(train_ldm, flags(material, tmp_path / "file"))
+    assert "cannot write to --output_dir" in refusal(flags(material, tmp_path / "file"))
 
 
-def test_a_first_stage_that_does_not_fit_is_refused(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+def test_a_first_stage_that_does_not_fit_is_refused(material: Path, tmp_path: Path) -> None:
     for name, value in (("in_channels", 4), ("sample_size", 8)):
         unet = tmp_path / "unet.json"
         unet.write_text(json.dumps({**UNET, name: value}))
-        message = refusal(train_ldm, flags(material, tmp_path / "out", unet_config=unet))
+        message = refusal(flags(material, tmp_path / "out", unet_config=unet))
         assert str(value) in message and str(UNET[name]) in message
 
 
-def test_images_that_cannot_be_trained_on_are_refused(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+def test_images_that_cannot_be_trained_on_are_refused(material: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "no images" in refusal(train_ldm, flags(material, tmp_path / "out", train_data_dir=tmp_path / "empty"))
+    assert "no images" in refusal(flags(material, tmp_path / "out", train_data_dir=tmp_path / "empty"))
     broken = tmp_path / "broken"
     shutil.copytree(material / "images", broken)
     (broken / "bad.png").write_bytes(b"no picture")
-    assert "bad.png" in refusal(train_ldm, flags(material, tmp_path / "out", train_data_dir=broken))
+    assert "bad.png" in refusal(flags(material, tmp_path / "out", train_data_dir=broken))
 
 
-def test_another_runs_checkpoints_are_left_alone(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+def test_another_runs_checkpoints_are_left_alone(material: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train_ldm.main(flags(material, out, checkpointing_steps=5, num_epochs=1))
-    assert "holds checkpoints of another run, the last one checkpoint-5" in refusal(train_ldm, flags(material, out))
+    assert "holds checkpoints of another run, the last one checkpoint-5" in refusal(flags(material, out))
     resume = dict(resume_from_checkpoint="latest", num_epochs=1)
-    message = refusal(train_ldm, flags(material, out, **{**resume, "prediction_type": "v_prediction"}))
+    message = refusal(flags(material, out, **{**resume, "prediction_type": "v_prediction"}))
     assert "prediction_type: 'epsilon' there, 'v_prediction' here" in message
-    assert "num_epochs: 1 there, 2 here" in refusal(train_ldm, flags(material, out, **{**resume, "num_epochs": 2}))
-    assert "prune_ratio: 0.5 there, 0.3 here" in refusal(train_ldm, flags(material, out, **resume, prune_ratio=0.3))
-    assert "there is no checkpoint checkpoint-7" in refusal(
-        train_ldm, flags(material, out, resume_from_checkpoint="checkpoint-7")
-    )
+    assert "num_epochs: 1 there, 2 here" in refusal(flags(material, out, **{**resume, "num_epochs": 2}))
+    assert "prune_ratio: 0.5 there, 0.3 here" in refusal(flags(material, out, **resume, prune_ratio=0.3))
+    assert "there is no checkpoint checkpoint-7" in refusal(flags(material, out, resume_from_checkpoint="checkpoint-7"))
     torch.manual_seed(1)
     other = VQModel.from_config(VQModel.load_config(material / "vae"))
     other.save_pretrained(tmp_path / "other")
-    assert "first_stage" in refusal(train_ldm, flags(material, out, **resume, vae=tmp_path / "other"))
+    assert "first_stage" in refusal(flags(material, out, **resume, vae=tmp_path / "other"))
     images = tmp_path / "images"
     shutil.copytree(material / "images", images)
     first, second = sorted(images.rglob("*.png"))[:2]
     shutil.copy(first, second)
-    assert "fingerprint" in refusal(train_ldm, flags(material, out, **resume, train_data_dir=images))
+    assert "fingerprint" in refusal(flags(material, out, **resume, train_data_dir=images))
 
 
-def test_a_checkpoint_that_was_cut_short_is_none(
-    train_ldm: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_checkpoint_that_was_cut_short_is_none(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-12.partial", "checkpoint-x"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in train_ldm.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    assert train_ldm.find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
-    assert train_ldm.find_checkpoint(tmp_path / "new", "latest") is None
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-10"
+    assert find_checkpoint(tmp_path / "new", "latest") is None
     assert "holds no checkpoint: a new training begins" in capsys.readouterr().out
 
 
-def test_a_finished_training_is_left_alone(train_ldm: ModuleType, material: Path, tmp_path: Path) -> None:
+def test_a_finished_training_is_left_alone(material: Path, tmp_path: Path) -> None:
     train_ldm.main(flags(material, tmp_path, num_epochs=1))
-    assert "holds a finished training" in refusal(train_ldm, flags(material, tmp_path))
+    assert "holds a finished training" in refusal(flags(material, tmp_path))
 
 
-def test_controls_of_a_training_in_steps_are_as_long(tools: None) -> None:
+def test_controls_of_a_training_in_steps_are_as_long() -> None:
     pytest.importorskip("rich")
-    import compare_ldm
-    from _arms import random_ratio
+    from infobatch_mm.cli import compare_ldm
+    from infobatch_mm.cli.comparison.controls import random_ratio
 
     summary = dict(num_samples=22, passes_total=4.5, visits=70, visits_full=99, prune_ratio=0.5, delta=0.875)
     args = compare_ldm.parse_options(
@@ -607,19 +595,23 @@ def test_controls_of_a_training_in_steps_are_as_long(tools: None) -> None:
 # ---- the comparison ----------------------------------------------------------------------------------------------
 
 
+def after_the_name(command: list[str]) -> list[str]:
+    """The options in a command that starts a training."""
+    return command[command.index("train-ldm") + 1 :]
+
+
 def test_the_comparison_trains_twins_and_controls(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("rich")
-    import compare_ldm
-    import train_ldm
+    from infobatch_mm.cli import compare_ldm
 
     calls: list[list[str]] = []
 
     def in_this_process(command: list[str], check: bool) -> None:
         forget_accelerators()
-        calls.append(command[2:])
-        train_ldm.main(command[2:])
+        calls.append(after_the_name(command))
+        train_ldm.main(calls[-1])
 
     monkeypatch.setattr(compare_ldm.subprocess, "run", in_this_process)
     full = tmp_path / "full.yaml"
@@ -650,10 +642,9 @@ def test_a_comparison_without_samples_has_its_numbers(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("rich")
-    import compare_ldm
-    import train_ldm
+    from infobatch_mm.cli import compare_ldm
 
-    monkeypatch.setattr(compare_ldm.subprocess, "run", lambda command, check: train_ldm.main(command[2:]))
+    monkeypatch.setattr(compare_ldm.subprocess, "run", lambda command, check: train_ldm.main(after_the_name(command)))
     argv = [str(material / "recipe.yaml")] * 2 + ["--work_dir", str(tmp_path)]
     compare_ldm.main([*argv, "--", "--num_epochs", "2"])
     assert "infobatch" in json.loads((tmp_path / "comparison.json").read_text())["0"]
@@ -662,12 +653,11 @@ def test_a_comparison_without_samples_has_its_numbers(
 
 def test_scores_are_compared_at_equal_saving(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
-    import compare_ldm
-    import train_ldm
+    from infobatch_mm.cli import compare_ldm
 
     def in_this_process(command: list[str], check: bool) -> None:
         forget_accelerators()
-        train_ldm.main(command[2:])
+        train_ldm.main(after_the_name(command))
 
     monkeypatch.setattr(compare_ldm.subprocess, "run", in_this_process)
     argv = [str(material / "recipe.yaml")] * 2 + [

@@ -1,4 +1,4 @@
-"""The options of a latent-diffusion training: flags named as in diffusers' examples, recipes that set them."""
+"""The options of a latent-diffusion training: flags named as in diffusers' examples, and recipes that set them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _images import add_data_arguments
 from diffusers.optimization import SchedulerType
 
-from infobatch_mm.diffusion.denoising import PREDICTION_TYPES
-from infobatch_mm.scores import SCORES
+from ..scores import SCORES
+from .denoising import PREDICTION_TYPES
+from .image_options import add_data_arguments
+from .recipes import as_flags, read_recipe
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the command line, over those of the recipe that it names.
+    """Read the options of a training: from the command line, over the recipe that it names.
+
+    Args:
+        argv (Sequence[str], optional): The command line. Defaults to None: this process's own.
+
+    Returns:
+        argparse.Namespace: The options, checked as far as they can be before anything is loaded.
 
     Raises:
         SystemExit: With a message, for an option that is unknown, missing or out of its range.
@@ -25,10 +32,10 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser()
     config = parser.parse_known_args(argv)[0].config
     try:
-        recipe = [] if config is None else _as_flags(_read_recipe(Path(config)))
+        recipe = [] if config is None else as_flags(read_recipe(Path(config)))
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"cannot read the recipe {config}: {error}")
-    # What stands on the command line comes later, and wins.
+    # The recipe becomes the starting point of the second parsing, so that the command line wins.
     _, unknown = parser.parse_known_args(recipe)
     if unknown:
         parser.error(f"the recipe {config} sets what is no option: {' '.join(unknown)}")
@@ -42,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train an unconditional latent-diffusion model with pruning",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--config", help="recipe: a YAML file of these options; those of the command line win")
+    parser.add_argument("--config", help="recipe: a YAML file of these options; the command line wins over it")
     parser.add_argument("--output_dir", help="where checkpoints, samples and the pipeline go")
     parser.add_argument("--seed", type=int, default=0, help="of model, noise and pruning")
     parser.add_argument("--cpu", action=argparse.BooleanOptionalAction, default=False, help="train on the CPU")
@@ -50,12 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     data = add_data_arguments(parser, resolution=256)
     data.add_argument("--eval_data_dir", help="folder of held-out images: their denoising loss is measured")
 
+    _add_model_options(parser)
+    _add_training_options(parser)
+    _add_pruning_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--vae", help="first stage: a folder of a VQModel or AutoencoderKL, or an id of the hub")
     model.add_argument("--vae_scaling_factor", type=float, help="of the latents, in place of the first stage's own")
     _flag(model, "--cache_latents", False, "encode the images once, before the training")
     model.add_argument("--latents_dir", help="where the encoded images are kept; by default in the output folder")
-    model.add_argument("--unet_config", type=_mapping, help="UNet2DModel: its config.json, or the folder of one")
+    model.add_argument("--unet_config", type=_unet_settings, help="UNet2DModel: its config.json, or the folder of one")
     model.add_argument("--prediction_type", choices=PREDICTION_TYPES, default="epsilon", help="what the UNet predicts")
     model.add_argument("--ddpm_num_steps", type=int, default=1000, help="timesteps of the noise schedule")
     betas = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
@@ -63,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--ddpm_beta_start", type=float, default=0.0015, help="beta of its first timestep")
     model.add_argument("--ddpm_beta_end", type=float, default=0.0195, help="beta of its last timestep")
 
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--train_batch_size", type=int, default=16, help="per process")
     training.add_argument("--num_epochs", type=int, default=100, help="passes over the data")
@@ -83,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--ema_max_decay", type=float, default=0.9999, help="decay of the average")
     training.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="of the UNet")
 
+
+def _add_pruning_options(parser: argparse.ArgumentParser) -> None:
     pruning = parser.add_argument_group("pruning")
     pruning.add_argument("--prune_ratio", type=float, default=0.5, help="chance that a well-learned image is skipped")
     pruning.add_argument("--delta", type=float, default=0.875, help="share of the training after which none is skipped")
@@ -91,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--score", choices=SCORES, default="timestep", help="what images are ranked by")
     pruning.add_argument("--score_ema", type=float, help="decay of the score's average; 0.9 for ema and timestep")
 
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")
     output.add_argument("--checkpoints_total_limit", type=int, help="how many checkpoints are kept")
@@ -101,15 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     output.add_argument("--eval_batch_size", type=int, default=16, help="samples of a grid")
     output.add_argument("--ddpm_num_inference_steps", type=int, default=100, help="steps of DDIM sampling")
-    return parser
 
 
 def _flag(group: Any, name: str, default: bool, text: str) -> None:
     group.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    """A JSON file, the folder of a ``config.json``, or JSON itself."""
+def _unet_settings(text: str) -> dict[str, Any]:
+    """Read the settings of a UNet2DModel from JSON, from a JSON file, or from the folder of a ``config.json``."""
     try:
         if text.lstrip().startswith("{"):
             return json.loads(text)
@@ -120,25 +140,6 @@ def _mapping(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text} holds a {type(found).__name__}, not the settings of a UNet2DModel")
     return found
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """Options of a YAML file, over those of the recipe that its ``_base_`` names."""
-    options = yaml.safe_load(path.read_text())
-    if not isinstance(options, dict):
-        raise ValueError("it must be a mapping of options, such as `resolution: 256`")
-    base = options.pop("_base_", None)
-    return options if base is None else {**_read_recipe(path.parent / base), **options}
-
-
-def _as_flags(options: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif value is not None:
-            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -1,15 +1,24 @@
-"""The images that a diffusion tool trains on, as its options name them."""
+"""Options that name images, the same for every command of latent diffusion, and the images that they name."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from infobatch_mm.diffusion.images import HubImages, ImageFolder, Images, check_images
+from .image_checks import check_images
+from .images import HubImages, ImageFolder, Images
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, resolution: int | None) -> Any:
-    """Options that name images, with a default resolution; returns their group."""
+    """Add the options that name images to a parser.
+
+    Args:
+        parser (argparse.ArgumentParser): The parser; changed in place.
+        resolution (int | None): Default of ``--resolution`` in pixels.
+
+    Returns:
+        argparse._ArgumentGroup: The group of these options, to add others to.
+    """
     data = parser.add_argument_group("data")
     data.add_argument("--train_data_dir", help="folder of images, at any depth")
     data.add_argument("--dataset_name", help="instead: a data set of the hub, or a folder that `datasets` loads")
@@ -26,7 +35,17 @@ def add_data_arguments(parser: argparse.ArgumentParser, resolution: int | None) 
 
 
 def open_images(args: argparse.Namespace) -> Images:
-    """The images that :func:`add_data_arguments`' options name."""
+    """Open the images that the options name.
+
+    Args:
+        args (argparse.Namespace): Options of :func:`add_data_arguments`.
+
+    Returns:
+        Images: To train on, cropped and flipped as the options say.
+
+    Raises:
+        ValueError: If the folder or the data set is not there or holds no images.
+    """
     how = (args.resolution, args.center_crop, args.random_flip)
     if args.train_data_dir is not None:
         return ImageFolder(args.train_data_dir, *how)
@@ -34,10 +53,16 @@ def open_images(args: argparse.Namespace) -> Images:
 
 
 def open_held_out(args: argparse.Namespace) -> Images | None:
-    """The images below ``--eval_data_dir``, the middle of each, or None.
+    """Open the held-out images, the middle of each; every process must call it.
+
+    Args:
+        args (argparse.Namespace): Options of :func:`add_data_arguments`, and ``eval_data_dir``.
+
+    Returns:
+        Images | None: The images below ``--eval_data_dir``; None where it is not given.
 
     Raises:
-        ValueError: If some cannot be used.
+        ValueError: If the folder is not there or holds no images, or if some cannot be read.
     """
     if args.eval_data_dir is None:
         return None

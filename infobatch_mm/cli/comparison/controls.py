@@ -1,61 +1,37 @@
-"""What a comparison takes from its configs: their length, and the options that make the control runs."""
+"""The control runs of a comparison: the options that make them as many visits as the pruned run made."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from _arms import random_ratio
-from mmengine.config import Config
+from ...core import EpochSchedule, IterSchedule, Schedule
+from ...policies import InfoBatchPolicy
+from .configs import hook_index, is_by_epoch
 
-from infobatch_mm.core import EpochSchedule, IterSchedule, Schedule
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 # Settings of schedulers that are points in time, and those that are spans of it.
 _POINTS, _SPANS = ("begin", "end", "milestones"), ("T_max", "total_steps", "step_size")
 _WARM_UPS = ("Linear", "Constant", "Warmup")
 
 
-def is_by_epoch(cfg: Config) -> bool:
-    """Whether a config trains by epochs, not by iterations."""
-    return "max_epochs" in cfg.train_cfg
-
-
 def schedule_of(cfg: Config, num_samples: int) -> Schedule:
-    """The unpruned run of a config, as passes over its data."""
+    """The unpruned run of a config, as passes over its data.
+
+    Args:
+        cfg (Config): The unpruned config.
+        num_samples (int): Length of its training data set.
+    """
     batch_size = cfg.train_dataloader.batch_size
     if not is_by_epoch(cfg):
         return IterSchedule(num_samples, cfg.train_cfg.max_iters, batch_size)
     batches = num_samples / batch_size
     batches = math.floor(batches) if cfg.train_dataloader.get("drop_last") else math.ceil(batches)
     return EpochSchedule(num_samples, cfg.train_cfg.max_epochs, batch_size, batches)
-
-
-def hook_index(cfg: Config) -> int | None:
-    """Which of the config's ``custom_hooks`` is InfoBatch's."""
-    types = [str(hook.get("type")) for hook in cfg.get("custom_hooks") or []]
-    return next((i for i, name in enumerate(types) if "InfoBatchHook" in name), None)
-
-
-def missing_data(cfg: Config) -> Path | None:
-    """What a config's training data sets name and is not there, by their own ``data_root`` and ``ann_file``."""
-    for dataset in _datasets(cfg.train_dataloader.dataset):
-        root, annotations = (str(dataset.get(key) or "") for key in ("data_root", "ann_file"))
-        for path in (root, str(Path(root, annotations)) if annotations else ""):
-            if "://" not in path and not Path(path).exists():  # the host knows of other places than disks
-                return Path(path)
-    return None
-
-
-def _datasets(dataset: Any) -> Iterator[Any]:
-    """The data sets below the wrappers of a config."""
-    inner = dataset.get("dataset")
-    parts = dataset.get("datasets") or ([inner] if isinstance(inner, dict) else [])
-    if not parts:
-        yield dataset
-    for part in parts:
-        yield from _datasets(part)
 
 
 def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
@@ -81,37 +57,63 @@ def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
     else:
         old, new = schedule.total_steps, max(1, visits // schedule.batch_size)
     schedulers = list(_schedulers(cfg))
-    # Those that count iterations in a loop of epochs have more of them.
+    # Schedulers that count iterations in a loop of epochs have more of them.
     units = [schedule.full_batches(0) if by_epoch and not s.get("by_epoch", True) else 1 for _, s in schedulers]
-    warm_up = 0.0  # in units of the loop
+    warm_up = 0.0
     for (_, scheduler), unit in zip(schedulers, units, strict=True):
         end = scheduler.get("end", math.inf) / unit
         if end < new and any(part in str(scheduler.type) for part in _WARM_UPS):
             warm_up = max(warm_up, end)
 
-    def moved(point: float, unit: int) -> int:
-        time = point / unit
-        return round(
-            unit * (time if time <= warm_up else warm_up + (time - warm_up) * (new - warm_up) / (old - warm_up))
-        )
-
     options = [f"train_cfg.{'max_epochs' if by_epoch else 'max_iters'}={new}"]
     for (name, scheduler), unit in zip(schedulers, units, strict=True):
-        begin = scheduler.get("begin", 0)
-        for key in (*_POINTS, *_SPANS):
-            before = scheduler.get(key)
-            if before is None:
-                continue
-            after: Any
-            if isinstance(before, (list, tuple)):
-                after = [moved(point, unit) for point in before]
-            elif key in _SPANS:
-                after = max(1, moved(begin + before, unit) - moved(begin, unit))
-            else:
-                after = moved(before, unit)
-            if after != before:
-                options.append(f"{name}.{key}={after}".replace(" ", ""))
+        changed = _changed(scheduler, _Shortening(old, new, warm_up, unit))
+        options += [f"{name}.{key}={value}".replace(" ", "") for key, value in changed.items()]
     return options
+
+
+@dataclass(frozen=True)
+class _Shortening:
+    """Where the points in time of a scheduler come to lie.
+
+    Attributes:
+        old (int): End of the run before, in units of its loop: epochs, or iterations.
+        new (int): Its end now.
+        warm_up (float): Up to where nothing moves, in the same units.
+        unit (int): Units of the scheduler in one of the loop.
+    """
+
+    old: int
+    new: int
+    warm_up: float
+    unit: int
+
+    def moved(self, point: float) -> int:
+        """A point in time, in units of the scheduler."""
+        time = point / self.unit
+        if time > self.warm_up:
+            time = self.warm_up + (time - self.warm_up) * (self.new - self.warm_up) / (self.old - self.warm_up)
+        return round(self.unit * time)
+
+
+def _changed(scheduler: Any, shortening: _Shortening) -> dict[str, Any]:
+    """The settings of a scheduler that are others in the shortened run."""
+    changed: dict[str, Any] = {}
+    begin = scheduler.get("begin", 0)
+    for key in (*_POINTS, *_SPANS):
+        before = scheduler.get(key)
+        if before is None:
+            continue
+        after: Any
+        if isinstance(before, (list, tuple)):
+            after = [shortening.moved(point) for point in before]
+        elif key in _SPANS:
+            after = max(1, shortening.moved(begin + before) - shortening.moved(begin))
+        else:
+            after = shortening.moved(before)
+        if after != before:
+            changed[key] = after
+    return changed
 
 
 def _schedulers(cfg: Config) -> Iterator[tuple[str, Any]]:
@@ -126,7 +128,7 @@ def _schedulers(cfg: Config) -> Iterator[tuple[str, Any]]:
 
 
 def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[str]:
-    """Options that make the pruned run prune at random, as many visits as it saved; see :func:`_arms.random_ratio`.
+    """Options that make the pruned run prune at random, as many visits as it saved; see :func:`random_ratio`.
 
     Args:
         cfg (Config): The pruned config.
@@ -139,3 +141,19 @@ def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[
     ratio = random_ratio(schedule, summary)
     hook = f"custom_hooks.{hook_index(cfg)}"
     return [f"{hook}.policy=random", f"{hook}.prune_ratio={ratio:.6f}"]
+
+
+def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
+    """The share that prunes at random, in all passes before ``delta`` alike, as many visits as a pruned run saved.
+
+    Args:
+        schedule (Schedule): The unpruned run.
+        summary (dict): ``infobatch_summary.json`` of the pruned one.
+
+    Returns:
+        float: In [0, 1).
+    """
+    policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
+    passes = [p for p in range(schedule.num_passes) if policy.is_active(schedule.progress(p))]
+    prunable = sum(schedule.full_visits(p) for p in passes)
+    return (summary["visits_full"] - summary["visits"]) / prunable if prunable else 0.0

@@ -1,0 +1,59 @@
+"""The log of a run of MMEngine: its validations, and the metric to compare runs by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+#: What runs are compared by where the user does not say: the first that the log has. The hosts log percents.
+METRICS = ("mIoU", "accuracy/top1")
+
+
+def find_metric(work_dir: Path, wanted: str | None) -> str:
+    """The metric to compare by: the one asked for, else the first of :data:`METRICS` that the log has.
+
+    Args:
+        work_dir (Path): Of the run.
+        wanted (str, optional): Name in the log.
+
+    Returns:
+        str: Name in the log.
+
+    Raises:
+        SystemExit: If the log has none, with the names it has.
+    """
+    logged = {key for line in validations(work_dir) for key in line} - {"step", "time", "data_time"}
+    for metric in METRICS if wanted is None else [wanted]:
+        if metric in logged:
+            return metric
+    raise SystemExit(
+        f"the log has no {wanted or ' and no '.join(METRICS)}: choose with --metric one of "
+        f"{', '.join(sorted(logged)) or 'none, nothing was validated'}"
+    )
+
+
+def last_value(work_dir: Path, metric: str) -> float:
+    """The metric at the last validation of a run."""
+    return [line[metric] for line in validations(work_dir) if metric in line][-1]
+
+
+def validations(work_dir: Path) -> list[dict[str, Any]]:
+    """The validations in the newest log of a run, in their order.
+
+    Args:
+        work_dir (Path): Of the run.
+
+    Returns:
+        list[dict]: Value of each metric, and under ``step`` the epochs or iterations before the validation.
+    """
+    # Each run logs into a folder named by its time.
+    scalars = sorted(work_dir.glob("*/vis_data/scalars.json"))[-1]
+    lines = [json.loads(line) for line in scalars.read_text().splitlines()]
+    # Lines of the training name their iteration, and ours their prefix.
+    return [line for line in lines if "iter" not in line and not any(key.startswith("infobatch/") for key in line)]
+
+
+def labelled(metric: str) -> str:
+    """A metric as tables and figures name it, with its unit where that is known."""
+    return f"{metric} (%)" if metric in METRICS else metric
