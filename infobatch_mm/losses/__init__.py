@@ -8,8 +8,8 @@ from functools import partial
 from torch import nn
 
 from .attach import AttachedViews
+from .head_rules import FunctionRule, HeadRule, ModulesRule, SamplewiseRule
 from .registry import (
-    HeadRule,
     register_head_rule,
     register_head_view,
     register_loss_view,
@@ -54,9 +54,12 @@ def attach_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool =
 
 __all__ = [
     "AttachedViews",
+    "FunctionRule",
     "HeadRule",
     "LossWeigher",
+    "ModulesRule",
     "SampleLosses",
+    "SamplewiseRule",
     "attach_views",
     "register_head_rule",
     "register_head_view",

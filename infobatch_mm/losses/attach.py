@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
+from .head_rules import BaseHeadRule, HeadInModel, ViewFactory
 from .refusals import HOW_TO
-from .registry import HeadRule, ViewFactory, head_rule, loss_factory, samplewise
-from .samplewise import SamplewiseView
-from .views import LossView, VectorisedView
+from .registry import head_rule, loss_factory, samplewise
+from .samplewise import ValidOf
+from .view import LossView
 from .weigher import LossWeigher
 
 
@@ -45,7 +46,7 @@ class AttachedViews:
     @property
     def not_separable(self) -> list[str]:
         """Names of losses that do not separate over samples: in pruned passes each sample's own is optimised."""
-        return [view.title for view in self._views if isinstance(view, SamplewiseView) and not view.separable]
+        return [view.title for view in self._views if not view.separable]
 
     @property
     def in_place(self) -> bool:
@@ -53,7 +54,7 @@ class AttachedViews:
         return all(view.in_place for view in self._views)
 
     def renew(self) -> bool:
-        """Attach anew if the host has exchanged a loss or a batch augmentation since; returns whether it has."""
+        """Attach again if the host has exchanged a loss or a batch augmentation since; returns whether it has."""
         wanted = {view.place for view in self._make()}
         if self.in_place and wanted == {view.place for view in self._views}:
             return False
@@ -81,8 +82,9 @@ def head_views(
     head: nn.Module,
     weigher: LossWeigher,
     scored: bool,
-    default: HeadRule,
+    default: BaseHeadRule,
     default_loss: ViewFactory | None = None,
+    valid: ValidOf | None = None,
 ) -> Iterator[LossView]:
     """The views of one head.
 
@@ -91,8 +93,11 @@ def head_views(
         head (nn.Module): The head.
         weigher (LossWeigher): Weights and scores of the batch.
         scored (bool): Whether the head counts in the score.
-        default (HeadRule): How heads of this host are weighed that nobody registered.
-        default_loss (ViewFactory, optional): The same for loss modules. Defaults to sample by sample.
+        default (BaseHeadRule): The rule of a head that nobody registered.
+        default_loss (ViewFactory, optional): Makes the view of a loss module that nobody registered. Defaults to sample
+            by sample.
+        valid (Callable, optional): Which samples have something to be scored by, where the rule of a head that is
+            evaluated sample by sample says nothing; see :data:`.ValidOf`. Defaults to all.
 
     Yields:
         LossView: Not attached yet.
@@ -107,33 +112,17 @@ def head_views(
             f"{title} has no {rule.method}(): its losses cannot be weighed; name the method that computes them with "
             f"register_head_rule(..., HeadRule(method=...)), or {HOW_TO}"
         )
-    if rule.by_modules:
-        yield rule.view(head, rule.method, weigher, title=title)
-        yield from module_views(name, head, weigher, scored, default_loss)
-        return
-    if rule.function is not None:
-        yield VectorisedView(head, weigher, scored, title, rule.function, rule.method)
-        return
-    yield SamplewiseView(
-        head,
-        weigher,
-        scored,
-        title,
-        rule.method,
-        separable=rule.separable,
-        trusted=rule.trusted,
-        apart=rule.apart,
-        reduction=rule.reduction,
-        axes=rule.axes,
-        rows=rule.rows,
-        valid=rule.valid or default.valid,
-    )
+
+    def views_of_modules(default: ViewFactory | None) -> Iterator[LossView]:
+        return module_views(name, head, weigher, scored, default or default_loss)
+
+    yield from rule.views(HeadInModel(head, title, weigher, scored, valid, views_of_modules))
 
 
 def module_views(
     name: str, head: nn.Module, weigher: LossWeigher, scored: bool, default_loss: ViewFactory | None = None
 ) -> Iterator[LossView]:
-    """The views of a head's loss modules alone; arguments as those of :func:`head_views`."""
+    """The views of a head's loss modules alone; arguments as :func:`head_views` takes them."""
     for attribute, module in _loss_modules(head):
         factory = loss_factory(module) or default_loss or samplewise()
         # The host trains on what has "loss" in its name and only displays the rest.

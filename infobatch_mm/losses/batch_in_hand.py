@@ -1,62 +1,71 @@
-"""The weights of the batch in hand, and of the rows that stand in for its samples while a loss is computed."""
+"""The batch in hand: all that is known of one training batch, from the beginning of its step to the end."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.devices import moved
+from .rows import Rows
+from .tally import divided
 
 
 class BatchInHand:
-    """Weights of the samples of one batch; of mixed images or of pairs once it is known which samples are in them.
+    """One batch: its weights, and what the forward passes of the model leave behind.
 
     Args:
-        weights (Tensor): Shape ``(B,)``, float32.
-        indices (Tensor, optional): Which samples these are, shape ``(B,)``, int64. Defaults to all different.
+        weights (Tensor): Of the samples, shape ``(B,)``, float32.
+        pruned (bool): Whether the pass leaves samples out.
+        indices (Tensor, optional): Which samples these are, shape ``(B,)``, int64; None where nobody named them.
         pair_weights (Callable): Weights of losses that two samples share, from the weights of both.
-        blank_factor (float): See :meth:`.LossWeigher.begin`.
+        blank_factor (float): See :meth:`.TrainingStep.begin`.
 
     Attributes:
         size (int): Number B of samples.
-        weights (Tensor): Of the rows that stand for samples now.
+        pruned (bool): As given. Decides the form of losses that do not separate.
+        planned (bool): Whether the batch comes from a plan, which may leave samples out: its samples are named.
+        rows (Rows): What losses are computed over now.
         shares (Tensor, optional): Share of each sample (column) in each image (row), shape ``(B, B)``; None where no
             image was mixed.
-        blank_factor (float): For losses that are divided by the number of the batch's valid elements.
+        labelled (Tensor, optional): Which samples have a label at all, shape ``(B,)``, bool; None where nobody knows.
+        met (bool): Whether a loss that counts in the scores was computed, be it of no valid pixel at all.
+        reached (bool): Whether the model was asked for the losses of the batch.
+        evaluated (str, optional): Name of a model that was asked for losses to train on in evaluation mode.
     """
 
     def __init__(
         self,
         weights: Tensor,
+        pruned: bool,
         indices: Tensor | None,
         pair_weights: Callable[[Tensor, Tensor], Tensor],
         blank_factor: float,
     ) -> None:
         self.size = len(weights)
-        self.weights = self._sample_weights = weights
+        self.pruned = pruned
+        self.planned = pruned or indices is not None
+        self.rows = Rows(weights, blank_factor=blank_factor if pruned else 1.0)
         self.shares: Tensor | None = None
-        self.blank_factor = blank_factor
-        self._indices, self._pair_weights = indices, pair_weights
-        self._counts: Tensor | None = None  # rows of each sample, while it is not known how many there are in all
+        self.labelled: Tensor | None = None
+        self.met = self.reached = False
+        self.evaluated: str | None = None
+        self._sample_weights, self._indices, self._pair_weights = weights, indices, pair_weights
 
-    @property
-    def num_rows(self) -> int:
-        """Number of samples, or of rows that stand in for them."""
-        if self._counts is not None:  # only a loss that is evaluated on each row alone asks before it is called
-            self.expect(int(self._counts.sum()))
-        return self.weights.numel()
+    def restart(self) -> None:
+        """Forget the scores so far: the batch goes through the model once more.
 
-    def weights_on(self, device: torch.device) -> Tensor:
-        """The weights, moved to a device once."""
-        if self.weights.device != device:
-            self.weights = moved(self.weights, device)
-        return self.weights
+        The weights stay: images are mixed before the model is called, and would be weighed as unmixed ones.
+        """
+        self.rows = Rows(self.rows.weights, blank_factor=self.rows.blank_factor)
+        self.labelled = None
+        self.met = False
 
     def mix(self, shares: Tensor) -> None:
-        """Weigh mixed images from here on; see :meth:`.LossWeigher.mix`."""
+        """Weigh mixed images from here on; see :meth:`.TrainingStep.mix`."""
         size = self.size
         if shares.shape != (size, size):
             raise ValueError(
@@ -65,40 +74,64 @@ class BatchInHand:
             )
         own = shares.diagonal()
         share, partner = (shares - own.diag()).max(dim=1)
-        self.pair(torch.where(share > 0, partner, torch.arange(size, device=shares.device)))
-        self.weights = torch.where(own > 0, self.weights, self._sample_weights[partner])
+        weights = self._paired(torch.where(share > 0, partner, torch.arange(size, device=shares.device)))
+        # An image that holds nothing of its own sample is the other sample, unmixed.
+        self.rows.weights = torch.where(own > 0, weights, self._sample_weights[partner])
         self.shares = shares
 
     def pair(self, partner: Tensor) -> None:
-        """Weigh pairs from here on; see :meth:`.LossWeigher.pair`."""
+        """Weigh pairs from here on; see :meth:`.TrainingStep.pair`."""
+        self.rows.weights = self._paired(partner)
+
+    def _paired(self, partner: Tensor) -> Tensor:
+        """The weights of the pairs that the samples make with their partners, whatever was weighed before."""
         weights = self._sample_weights = moved(self._sample_weights, partner.device)
         # A repeated sample can be paired with itself.
         names = torch.arange(self.size, device="cpu") if self._indices is None else self._indices
         names = moved(names, partner.device)
         paired = self._pair_weights(weights, weights[partner])
-        self.weights = torch.where(names == names[partner], weights, paired)
+        return torch.where(names == names[partner], weights, paired)
 
     @contextmanager
-    def with_rows(self, weights: Tensor, counts: Tensor | None) -> Iterator[None]:
-        """Let other rows stand in for the samples.
+    def narrowed(self, places: list[int], data_samples: Sequence[Any] | None) -> Iterator[None]:
+        """Let some samples stand for the batch; see :meth:`.TrainingStep.narrowed`."""
+        kept = torch.tensor(places, dtype=torch.int64, device="cpu")
+        weights = self.rows.weights_within
+        rows = Rows(weights[moved(kept, weights.device)], data_samples=data_samples)
+        with self._standing_in(rows, lambda number: kept):
+            yield
 
-        Their losses are divided by the number of rows: that of the valid samples of the batch, or of their parts.
+    @contextmanager
+    def in_parts(self, counts: Tensor, size: int | None) -> Iterator[None]:
+        """Let the parts of the samples stand for the batch; see :meth:`.TrainingStep.in_parts`."""
+        self.rows.weights_on(counts.device)
+        rows = Rows(self.rows.weights_within, counts)
+        if size is not None:
+            rows.expect(size)
+        places = torch.arange(len(counts), device=counts.device)
+        with self._standing_in(rows, lambda number: places.repeat_interleave(counts, output_size=number)):
+            yield
 
-        Args:
-            weights (Tensor): Of the rows; or of the samples, where counts are given.
-            counts (Tensor, optional): Number of consecutive rows of each sample, shape ``(B,)``, int64.
-        """
-        outer = self.weights, self._counts, self.blank_factor
-        if self.blank_factor != 1:
-            weights = weights * self.blank_factor
-        self.weights, self._counts, self.blank_factor = weights, counts, 1.0
+    @contextmanager
+    def _standing_in(self, rows: Rows, places_of: Callable[[int], Tensor]) -> Iterator[None]:
+        """Let other rows stand in for the present ones; ``places_of(number)`` gives the place of each one's sample."""
+        outer, self.rows = self.rows, rows
         try:
             yield
         finally:
-            self.weights, self._counts, self.blank_factor = outer
+            # Else losses after one that raised would be weighed by the wrong rows, if somebody goes on.
+            self.rows = outer
+        outer.tally.take_rows(rows.tally, places_of, outer.number)
 
-    def expect(self, rows: int) -> None:
-        """Learn how many rows stand in for the samples, if that is not known yet."""
-        counts, self._counts = self._counts, None
-        if counts is not None:
-            self.weights = self.weights.repeat_interleave(counts, output_size=rows)
+    def result(self) -> tuple[Tensor, Tensor] | None:
+        """Scores of the samples and which of them are valid; None if no loss was scored."""
+        scored = self.rows.tally.result()
+        if scored is None:
+            if not self.met:
+                return None
+            nothing = torch.zeros(self.size, dtype=torch.float32, device=self.rows.weights.device)
+            scored = nothing, nothing.bool()
+        scores, valid = scored
+        if self.labelled is not None:
+            valid = valid & moved(self.labelled, valid.device)
+        return (scores, valid) if self.shares is None else divided(scores, valid, self.shares)

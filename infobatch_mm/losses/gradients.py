@@ -1,4 +1,4 @@
-"""What the views do to gradients, and to the tensors that it takes, without waiting for their device."""
+"""What the views do to gradients, without waiting for the device that they are on."""
 
 from __future__ import annotations
 
@@ -41,16 +41,12 @@ class ValueOfOne(torch.autograd.Function):
         return None, grads[0]
 
 
-class ShownValue(torch.autograd.Function):
-    """Forward the first argument, backward the gradient to the second: a loss that is weighed further back."""
+class ShownValue(ValueOfOne):
+    """The same for a loss that is weighed further back.
 
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, grads[0]
+    It has a node of its own in the graph: :class:`.Coverage` takes a :class:`ValueOfOne` for a weighed objective, and
+    would not see that such a loss has a term which is not weighed anywhere.
+    """
 
 
 class ScaledGradient(torch.autograd.Function):

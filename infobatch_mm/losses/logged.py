@@ -52,7 +52,7 @@ def from_own_losses(host_loss: Tensor, own: Tensor, weights: Tensor) -> Tensor:
 
 
 def factors_of_rows(weights: Tensor) -> Tensor:
-    """What to multiply the losses of the rows by, shape ``(B,)``, for whoever adds them up or averages them."""
+    """Factors of the losses of the rows, shape ``(B,)``, so that their sum and their mean are comparable."""
     return torch.where(_uneven(weights), weights * _scale(weights), 1.0)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import rng
-from .views import LossView
+from .view import LossView
 from .weigher import LossWeigher
 
 _OTHER_RESULT = "it gives other images or targets when there are more classes, or draws from a generator of its own"
@@ -26,9 +26,9 @@ _MOST = (0, 2, 0, 0, 1)
 class MixingView(LossView):
     """Stands in for a model's batch augmentation and learns what each mixed image is made of.
 
-    The augmentation is given one more column of target scores for each sample, which name it: mixed like the
-    others, they come back as the shares of the samples in each image. Nothing else of it needs to be known,
-    and what it draws and gives is what it would draw and give alone.
+    The augmentation is given one more column of target scores for each sample, which names the sample. It mixes
+    these columns like the others, so they come back as the shares of the samples in each image. Nothing else needs
+    to be known about it; it draws the random numbers, and gives the images and targets, that it would alone.
 
     Args:
         owner (nn.Module): The data preprocessor.
@@ -36,8 +36,8 @@ class MixingView(LossView):
             scores, shape ``(B, classes)``, it returns both mixed.
         weigher (LossWeigher): Weights and scores of the batch.
         trusted (bool): Whether the augmentation is known to treat columns of scores alike, and to mix each
-            sample with at most one other. Others are put to the proof, whose cost is that of the
-            augmentation, in every step; on a device they are refused some steps after the one that shows it.
+            sample with at most one other. Others are put to the proof, by running the augmentation twice in
+            every step; on a device they are refused some steps after the one that shows it.
     """
 
     def __init__(self, owner: nn.Module, attribute: str, weigher: LossWeigher, *, trusted: bool) -> None:

@@ -1,8 +1,8 @@
 """Whether a host averages a loss over the samples of a batch or adds them up, where each is evaluated alone.
 
 It decides what the losses of the samples alone are divided by in a pruned pass, so a guess would be wrong by a factor
-of B. Who registers a head or loss may say it. Else it is found out on B copies of one sample: their loss is that of the
-sample, or B times it. Where it is neither, nobody can tell, and the loss is refused.
+of B. Whoever registers a head or loss may say it. Else it is found out on B copies of one sample: a mean gives the
+sample's own loss, a sum gives B times it. A loss that gives neither is refused.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from .dissect.proof import in_full_precision
 from .dissect.results import losses_in, written
 from .refusals import cannot_be_weighed
 
-REDUCTIONS = ("mean", "sum")
-
 
 def check_said(reduction: str | None) -> None:
     """Refuse anything but ``'mean'``, ``'sum'`` and None for what a user says about a loss."""
-    if reduction not in (*REDUCTIONS, None):
+    if reduction not in ("mean", "sum", None):
         raise ValueError(
             f"reduction={reduction!r}: expected 'mean' or 'sum', or None to have it found out in the first step"
         )
@@ -36,8 +34,8 @@ class Reduction:
         title (str): Its name, for messages.
         said (str, optional): What a user says: ``'mean'`` or ``'sum'``; None to find it out.
         how_to_say (str): What a user can do to say it, for messages.
-        trusted (bool): Whether it is a host's own: those that add samples up do so exactly, so that all else is a mean
-            by a number that the batch decides.
+        trusted (bool): Whether it is a host's own: a host that adds samples up does so exactly, so anything else is a
+            mean over a number that the batch decides.
 
     Attributes:
         asked (bool): Whether :meth:`learn` was called yet.
@@ -53,7 +51,7 @@ class Reduction:
         self.asked = False
 
     def normaliser(self, path: tuple, size: int) -> int:
-        """What the sum over ``size`` samples of the loss at a path is divided by; a mean, while nobody knows."""
+        """Divisor of the summed losses of ``size`` samples at a path; while nobody knows, as for a mean."""
         return 1 if self._known.get(path, self._said) == "sum" else size
 
     def unknown(self, losses: Mapping[tuple, Any]) -> list[tuple]:

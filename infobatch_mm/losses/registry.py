@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from dataclasses import replace as with_values
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from .head_rules import BaseHeadRule, FunctionRule, HeadFunction, SamplewiseRule, ViewFactory
+from .inseparable import InseparableView
 from .reduction import check_said
-from .samplewise import SamplewiseView
-from .views import LossView, OrderView, SampleLosses, VectorisedView
+from .samplewise import ValidOf
+from .separable import SeparableView
+from .view import LossView
+from .views import SampleLosses, VectorisedView
 from .weigher import LossWeigher
 
-#: Makes the view of a loss module: ``factory(module, weigher, scored, title)``.
-ViewFactory = Callable[[nn.Module, LossWeigher, bool, str], LossView]
-LossFunction = Callable[..., SampleLosses]
-HeadFunction = Callable[..., dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class HeadRule:
-    """How the losses of a head are weighed.
-
-    Attributes:
-        by_modules (bool): The head's losses all come from loss modules (attributes called ``loss*``), which
-            it calls with the batch first: these are weighed, not the head.
-        method (str): The method that computes the losses from predictions.
-        overrides (tuple): Other methods that a subclass must leave as they are for the rule to hold for it.
-        view (Callable, optional): What then stands in for the method: ``view(head, method, weigher, title=...)``.
-            Defaults to one that only checks the order of the samples.
-        separable (bool): Else whether these losses are sums over samples once their normalisers are held.
-        trusted (bool): Else whether the head needs no proof that it treats the samples of a batch alike.
-        apart (bool): Else whether a loss that compares the samples of a batch with one another is refused.
-        reduction (str, optional): Else whether losses that are not separable are a ``'mean'`` or a ``'sum'`` over the
-            samples of the batch. Defaults to None: it is found out in the first step. Needed where that cannot be
-            seen, as with losses that draw random numbers.
-        axes, rows, valid: See :class:`SamplewiseView`.
-        function (Callable, optional): Else the head's vectorised view: see :func:`register_head_view`.
-    """
-
-    by_modules: bool = False
-    method: str = "loss_by_feat"
-    overrides: tuple[str, ...] = ()
-    view: Callable[..., LossView] = OrderView
-    separable: bool = False
-    trusted: bool = False
-    apart: bool = False
-    reduction: str | None = None
-    axes: Mapping[str, int | None] | None = None
-    rows: Callable[[nn.Module, dict], dict[str, list[int]]] | None = None
-    valid: Callable[[nn.Module, dict], Tensor | None] | None = None
-    function: HeadFunction | None = None
-
-    def __post_init__(self) -> None:
-        check_said(self.reduction)
-
+LossFunction = Callable[..., SampleLosses | tuple[SampleLosses, ...]]
 
 _LOSSES: dict[type, ViewFactory] = {}
-_HEADS: dict[type, HeadRule] = {}
+_HEADS: dict[type, BaseHeadRule] = {}
 
 
 def register_loss_view(loss: type[nn.Module]) -> Callable[[LossFunction], LossFunction]:
@@ -81,10 +41,7 @@ def register_loss_view(loss: type[nn.Module]) -> Callable[[LossFunction], LossFu
     """
 
     def decorate(function: LossFunction) -> LossFunction:
-        def factory(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-            return VectorisedView(module, weigher, scored, title, function)
-
-        register_loss_factory(loss)(factory)
+        register_loss_factory(loss)(view_factory(VectorisedView, function=function))
         return function
 
     return decorate
@@ -92,7 +49,7 @@ def register_loss_view(loss: type[nn.Module]) -> Callable[[LossFunction], LossFu
 
 def register_separable_loss(
     loss: type[nn.Module],
-    valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
+    valid: ValidOf | None = None,
     *,
     mean_over_valid: bool = False,
 ) -> None:
@@ -104,20 +61,20 @@ def register_separable_loss(
     Args:
         loss (type): Class of the loss module.
         valid (Callable, optional): ``valid(module, arguments)`` tells which samples are scored, see
-            :class:`SamplewiseView`. Defaults to all.
+            :data:`.ValidOf`. Defaults to all.
         mean_over_valid (bool): Whether the normaliser counts the valid elements of the batch, as a mean over pixels
             that are not ignored does, and not all. Defaults to False.
     """
-    register_loss_factory(loss)(samplewise(separable=True, valid=valid, mean_over_valid=mean_over_valid))
+    register_loss_factory(loss)(view_factory(SeparableView, valid=valid, mean_over_valid=mean_over_valid))
 
 
 def register_samplewise_loss(
     loss: type[nn.Module],
     *,
     reduction: str | None = None,
-    valid: Callable[[nn.Module, dict], Tensor | None] | None = None,
+    valid: ValidOf | None = None,
 ) -> None:
-    """Say how a loss is weighed that is evaluated sample by sample, and is no sum over samples.
+    """Say that a loss is to be evaluated sample by sample and does not separate, and how it reduces its samples.
 
     Losses nobody registered are weighed like this too. Holds for subclasses that do not define a ``forward`` of their
     own.
@@ -134,7 +91,7 @@ def register_samplewise_loss(
         ValueError: If the reduction is another.
     """
     check_said(reduction)
-    register_loss_factory(loss)(samplewise(reduction=reduction, valid=valid))
+    register_loss_factory(loss)(view_factory(InseparableView, reduction=reduction, valid=valid))
 
 
 def register_loss_factory(loss: type[nn.Module], *, replace: bool = True) -> Callable[[ViewFactory], ViewFactory]:
@@ -166,16 +123,16 @@ def register_head_view(head: type[nn.Module], method: str = "loss_by_feat") -> C
     """
 
     def decorate(function: HeadFunction) -> HeadFunction:
-        register_head_rule(head, HeadRule(method=method, function=function))
+        register_head_rule(head, FunctionRule(method=method, function=function))
         return function
 
     return decorate
 
 
 def register_head_rule(
-    head: type[nn.Module], rule: HeadRule | None = None, *, reduction: str | None = None, replace: bool = True
+    head: type[nn.Module], rule: BaseHeadRule | None = None, *, reduction: str | None = None, replace: bool = True
 ) -> None:
-    """Say how the losses of a head are weighed without a view of its own.
+    """Register the rule by which the losses of a head are weighed.
 
     A rule holds for subclasses that do not define the method themselves. Heads nobody registered are
     evaluated sample by sample at ``loss_by_feat``, which works wherever their predictions have the batch
@@ -183,8 +140,10 @@ def register_head_rule(
 
     Args:
         head (type): Class of the head.
-        rule (HeadRule, optional): How. Defaults to sample by sample at ``loss_by_feat``.
-        reduction (str, optional): Takes the place of the rule's. Defaults to the rule's.
+        rule (BaseHeadRule, optional): A rule of :mod:`.head_rules`, as :func:`.HeadRule` makes them. Defaults to
+            sample by sample at ``loss_by_feat``.
+        reduction (str, optional): Takes the place of the rule's, in a rule that evaluates sample by sample. Defaults to
+            the rule's.
         replace (bool): Whether it takes the place of an earlier registration. Defaults to True.
 
     Raises:
@@ -195,20 +154,36 @@ def register_head_rule(
         >>> register_head_rule(MyQueryHead, HeadRule(axes=dict(all_scores=1)))  # (layers, B, queries, classes)
         >>> register_head_rule(MyRandomHead, reduction="sum")  # a sum over samples, which dropout hides
     """
-    rule = rule or HeadRule()
+    check_said(reduction)
+    rule = rule or SamplewiseRule()
     if reduction is not None:
-        rule = with_values(rule, reduction=reduction)
+        rule = rule.with_reduction(reduction)
     if replace or head not in _HEADS:
         _HEADS[head] = rule
 
 
-def samplewise(**options: Any) -> ViewFactory:
-    """A factory of sample-by-sample views with these options of :class:`SamplewiseView`."""
+def view_factory(view: Callable[..., LossView], **options: Any) -> ViewFactory:
+    """A factory of views of one class.
+
+    Args:
+        view (type): Subclass of :class:`LossView`, made as ``view(module, weigher, scored, title, **options)``.
+        options: Its options.
+    """
 
     def factory(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-        return SamplewiseView(module, weigher, scored, title, **options)
+        return view(module, weigher, scored, title, **options)
 
     return factory
+
+
+def samplewise(*, separable: bool = False, **options: Any) -> ViewFactory:
+    """A factory of sample-by-sample views.
+
+    Args:
+        separable (bool): Whether the loss is a sum over samples once its normaliser is held. Defaults to False.
+        options: Of :class:`.SeparableView`, or of :class:`.InseparableView`.
+    """
+    return view_factory(SeparableView if separable else InseparableView, **options)
 
 
 def loss_factory(module: nn.Module) -> ViewFactory | None:
@@ -216,9 +191,9 @@ def loss_factory(module: nn.Module) -> ViewFactory | None:
     return _find(_LOSSES, type(module), lambda factory: {"forward"})
 
 
-def head_rule(head: nn.Module) -> HeadRule | None:
+def head_rule(head: nn.Module) -> BaseHeadRule | None:
     """What was registered for a head, or None."""
-    return _find(_HEADS, type(head), lambda rule: {"loss_by_feat", "loss_and_target", rule.method, *rule.overrides})
+    return _find(_HEADS, type(head), lambda rule: rule.defined_by)
 
 
 def _find(registry: Mapping[type, Any], cls: type, methods: Callable[[Any], set[str]]) -> Any:

@@ -9,7 +9,7 @@ every sample is evaluated behind a barrier, which stops its gradient if the samp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,26 +21,9 @@ from .dissect.arguments import BatchedArguments
 from .dissect.results import loss_at
 from .gradients import along
 
-# A blank sample's own loss is taken as sound up to this multiple of the batch's: Sparse R-CNN's of an image
-# without boxes is 10^5 times it, those of heads that clamp their number of positives are below it.
+# A blank sample's own loss is taken as sound up to this multiple of the batch's loss. Sparse R-CNN gives 10^5 times
+# the batch's for an image without boxes; heads that clamp their number of positives stay below it.
 _SOUND = 1000.0
-
-
-class Verdict:
-    """Which samples of a batch are sound, shape ``(B,)``, bool: known after the forward pass, asked in the backward."""
-
-    def __init__(self) -> None:
-        self.sound: Tensor | None = None
-
-    def of_entries(self, axis: int, rows: list[int] | None, gradient: Tensor) -> Tensor:
-        """Which entries of a prediction's gradient belong to sound samples; arguments as :func:`.along` takes them."""
-        assert self.sound is not None
-        return along(moved(self.sound, gradient.device), gradient, axis, rows)
-
-    def of_sample(self, sample: int, gradient: Tensor) -> Tensor:
-        """Whether a sample is sound, a scalar on the device of a gradient that its loss gave."""
-        assert self.sound is not None
-        return moved(self.sound, gradient.device)[sample]
 
 
 class Barrier(torch.autograd.Function):
@@ -63,6 +46,68 @@ class Barrier(torch.autograd.Function):
         return None, *(None if each is None else torch.where(ctx.sound(each), each, 0) for each in grads)
 
 
+class Unguarded:
+    """Evaluates samples without a barrier: nothing is trained on, or nobody could tell which samples are sound."""
+
+    def around(self, batch: BatchedArguments) -> BatchedArguments:
+        """The arguments of a call, to be taken apart."""
+        return batch
+
+    def of(self, sample: int) -> AbstractContextManager[None]:
+        """Evaluate a sample."""
+        return nullcontext()
+
+
+class Guard(Unguarded):
+    """The barriers of one batch.
+
+    Args:
+        places (list): Parts of the model and names of their parameters.
+
+    Attributes:
+        sound (Tensor, optional): Which samples are sound, shape ``(B,)``, bool: known after the forward pass, asked in
+            the backward.
+    """
+
+    def __init__(self, places: list[tuple[nn.Module, str]]) -> None:
+        self._places = places
+        self.sound: Tensor | None = None
+
+    def around(self, batch: BatchedArguments) -> BatchedArguments:
+        """The arguments of a call, with barriers before the predictions."""
+
+        def guarded(tensor: Tensor, axis: int, rows: list[int] | None) -> Tensor:
+            return Barrier.apply(partial(self._sound_entries, axis, rows), tensor)[0]
+
+        return batch.with_predictions(guarded)
+
+    @contextmanager
+    def of(self, sample: int) -> Iterator[None]:
+        """Evaluate a sample with a barrier before the parameters."""
+        found = ((part, name, part._parameters.get(name)) for part, name in self._places)
+        trained = [(part, name, each) for part, name, each in found if each is not None and each.requires_grad]
+        if trained:
+            guarded = Barrier.apply(partial(self._is_sound, sample), *(each for *_, each in trained))
+            for (part, name, _), each in zip(trained, guarded, strict=True):
+                part._parameters[name] = each
+        try:
+            yield
+        finally:
+            # A parameter that stays a barrier's output is no leaf: the optimiser would train it no more.
+            for part, name, original in trained:
+                part._parameters[name] = original
+
+    def _sound_entries(self, axis: int, rows: list[int] | None, gradient: Tensor) -> Tensor:
+        """Which entries of a prediction's gradient belong to sound samples; arguments as :func:`.along` takes them."""
+        assert self.sound is not None
+        return along(moved(self.sound, gradient.device), gradient, axis, rows)
+
+    def _is_sound(self, sample: int, gradient: Tensor) -> Tensor:
+        """Whether a sample is sound, a scalar on the device of a gradient that its loss gave."""
+        assert self.sound is not None
+        return moved(self.sound, gradient.device)[sample]
+
+
 class Quarantine:
     """Keeps the gradients of samples that are not sound out of a model.
 
@@ -72,36 +117,16 @@ class Quarantine:
 
     def __init__(self, owner: nn.Module) -> None:
         self._places = [(part, name) for part in owner.modules() for name in part._parameters]
-        self._looked = False
-        self._leaks = False
+        self._leaks: bool | None = None
 
-    def around(self, batch: BatchedArguments, verdict: Verdict) -> BatchedArguments:
-        """The arguments of a call, with barriers before the predictions."""
-
-        def guarded(tensor: Tensor, axis: int, rows: list[int] | None) -> Tensor:
-            return Barrier.apply(partial(verdict.of_entries, axis, rows), tensor)[0]
-
-        return batch.with_predictions(guarded)
-
-    @contextmanager
-    def of(self, sample: int, verdict: Verdict) -> Iterator[None]:
-        """Evaluate a sample with a barrier before the parameters."""
-        found = ((part, name, part._parameters.get(name)) for part, name in self._places)
-        trained = [(part, name, each) for part, name, each in found if each is not None and each.requires_grad]
-        if trained:
-            guarded = Barrier.apply(partial(verdict.of_sample, sample), *(each for *_, each in trained))
-            for (part, name, _), each in zip(trained, guarded, strict=True):
-                part._parameters[name] = each
-        try:
-            yield
-        finally:
-            for part, name, original in trained:
-                part._parameters[name] = original
+    def guard(self) -> Guard:
+        """Barriers for one batch."""
+        return Guard(self._places)
 
     def leaks(self, losses: Iterable[Tensor]) -> bool:
         """Whether the losses of samples depend on parts of the model without a barrier; looked up in the first call."""
-        if not self._looked:
-            self._looked, self._leaks = True, _reach_a_leaf(losses)
+        if self._leaks is None:
+            self._leaks = _reach_a_leaf(losses)
         return self._leaks
 
 

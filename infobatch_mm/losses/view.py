@@ -27,6 +27,8 @@ class LossView:
 
     #: Whether the losses of all samples come from one evaluation.
     vectorised = True
+    #: Whether the loss is a sum over samples once its normaliser is held.
+    separable = True
 
     def __init__(
         self, owner: nn.Module, attribute: str, weigher: LossWeigher, scored: bool = False, title: str = ""
@@ -74,7 +76,7 @@ class LossView:
         finally:
             self._inside = False
         if self.scored and not asks_for_elements(args, kwargs):
-            self.weigher.met = True
+            self.weigher.batch.met = True
         return result
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The views of models, and of heads and losses whose values by sample come from one evaluation.
+"""The views of heads and losses whose values by sample come from one evaluation.
 
-``samplewise.py`` has the view that works for any loss.
+:mod:`.samplewise` has the view that works for any loss, :mod:`.model_views` what stands in for a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core import rng
-from .dissect.coverage import Coverage
 from .dissect.memory import Memory
 from .dissect.proof import check_order
 from .dissect.results import losses_in, replace_losses, written
@@ -33,9 +32,10 @@ class SampleLosses:
         normaliser (Tensor | float): What the host divides by; no weight may enter it.
         counts (Tensor): Number of valid elements (pixels, tokens) in each sample, shape ``(B,)``. The score
             is sums / counts; a sample without a valid element is not scored.
-        value (Tensor, optional): The host's own value, where it can be had to the bit.
-        floor (Callable, optional): Gives the smallest sum that each sample's target allows, shape ``(B,)``. Those of
-            mixed images differ: where images are mixed it is no part of the score.
+        value (Tensor, optional): The host's own value, where it can be had to the bit. Defaults to the sums over the
+            normaliser.
+        floor (Callable, optional): Gives the smallest sum that each sample's target allows, shape ``(B,)``. It differs
+            from one mixed image to the other: where images are mixed it is no part of the score.
         mean_over_valid (bool): Whether the normaliser counts the valid elements of the batch, or adds up what depends
             on them, and not all elements: samples without a valid one change it then, see
             :meth:`.LossWeigher.begin`. Defaults to False.
@@ -61,9 +61,10 @@ class VectorisedView(LossView):
             host's call, returns :class:`SampleLosses`, or a dict or tuple of them as a head returns its losses.
             A call of the module inside it is the host's.
         attribute (str): The method to stand in for. Defaults to ``'forward'``.
-        scaled_by (nn.Module, optional): Module whose ``loss_weight`` the host multiplies the result by.
+        scaled_by (nn.Module, optional): Module whose ``loss_weight`` the host multiplies the result by. Defaults to
+            none.
         trusted (bool): Whether the function is known to compute the host's loss. Others are compared with
-            the host in the first step.
+            the host in the first step. Defaults to False.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class VectorisedView(LossView):
 
 
 def _taken_apart(result: Any, path: tuple = ()) -> Iterator[tuple[tuple, SampleLosses]]:
-    """Path, as those of :func:`losses_in`, and value of each loss in what a view's function returns."""
+    """Path, as :func:`losses_in` writes it, and value of each loss in what a view's function returns."""
     if isinstance(result, SampleLosses):
         yield path, result
     elif isinstance(result, (dict, tuple)):
@@ -165,73 +166,5 @@ class OrderView(LossView):
     """Stands in for a ``loss_by_feat`` whose loss modules are weighed: checks the order of its samples."""
 
     def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        check_order(self.title, self.weigher.data_samples, (*args, *kwargs.values()))
+        check_order(self.title, self.weigher.batch.rows.data_samples, (*args, *kwargs.values()))
         return self.host(*args, **kwargs)
-
-
-class ModelView(LossView):
-    """Stands in for a model's ``loss``: counts each call in training as one forward pass.
-
-    Args:
-        coverage (Coverage): Checks the losses that the model returns.
-        labelled (Callable, optional): ``labelled(model, data_samples)`` tells which samples have a label,
-            shape ``(B,)``, bool, or None where that is not known. The others are not scored.
-    """
-
-    def __init__(
-        self,
-        owner: nn.Module,
-        weigher: LossWeigher,
-        coverage: Coverage,
-        labelled: Callable[[nn.Module, Sequence[Any]], Tensor | None] | None = None,
-    ) -> None:
-        super().__init__(owner, "loss", weigher, scored=False)
-        self._coverage = coverage
-        self._labelled = labelled
-
-    def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.owner.training:  # somebody evaluates another batch between our steps
-            with self.weigher.suspended():
-                return self.host(*args, **kwargs)
-        self.weigher.restart()
-        self.weigher.reached = True
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, (list, tuple)) and len(value) == self.weigher.batch_size:
-                self.weigher.data_samples = value
-                if self._labelled is not None:
-                    self.weigher.labelled = self._labelled(self.owner, value)
-        losses = self.host(*args, **kwargs)
-        self._coverage.check(dict(losses_in(losses)), self.weigher.pruned)
-        return losses
-
-
-class ParsedLossesView(LossView):
-    """Stands in for a model's ``parse_losses``: what it is given, and what it makes of it, is what is optimised."""
-
-    def __init__(self, owner: nn.Module, weigher: LossWeigher, coverage: Coverage) -> None:
-        super().__init__(owner, "parse_losses", weigher, scored=False)
-        self._coverage = coverage
-
-    def weighed(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.owner.training:  # somebody evaluates another batch, or trains on the host's losses, see end()
-            result = self.host(*args, **kwargs)
-            if any(loss.requires_grad for _, loss in losses_in(result)):
-                self.weigher.evaluated = type(self.owner).__name__
-            return result
-        for value in (*args, *kwargs.values()):
-            self._coverage.check(dict(losses_in(value)), self.weigher.pruned, parsed=True)
-        result = self.host(*args, **kwargs)
-        total = result[0] if isinstance(result, tuple) else result
-        if isinstance(total, Tensor):
-            self._coverage.check({("the total of parse_losses",): total}, self.weigher.pruned, parsed=True)
-        return result
-
-
-def model_views(
-    model: nn.Module,
-    weigher: LossWeigher,
-    labelled: Callable[[nn.Module, Sequence[Any]], Tensor | None] | None = None,
-) -> list[LossView]:
-    """The views of a model itself, beside those of its heads; see :class:`ModelView`."""
-    coverage = Coverage(model)
-    return [ModelView(model, weigher, coverage, labelled), ParsedLossesView(model, weigher, coverage)]

@@ -1,4 +1,4 @@
-"""What the loss views of one model share: how losses are weighed by the batch in hand, and what they leave behind."""
+"""What the loss views of one model share: how a loss is weighed by the batch in hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .step import TrainingStep
 
 
 class LossWeigher(TrainingStep):
-    """Weights of the current batch, and the per-sample losses that its forward pass left behind.
+    """Weighs the losses of the batch in hand, and collects its samples' scores.
 
     Between :meth:`begin` and :meth:`end` every loss view weighs what it computes by the batch's weights;
     outside, views hand everything to the host unchanged (validation, for example).
@@ -26,7 +26,6 @@ class LossWeigher(TrainingStep):
         title: str = "a loss",
         *,
         mean_over_valid: bool = False,
-        own: bool = False,
     ) -> Tensor:
         """The loss to hand back to the host: its value is comparable with the host's, its gradient is weighted.
 
@@ -41,8 +40,6 @@ class LossWeigher(TrainingStep):
             title (str): The loss's name, for messages.
             mean_over_valid (bool): Whether the normaliser counts the valid elements of the batch, or adds up what
                 depends on them; see :meth:`begin`. Defaults to False.
-            own (bool): Whether these are the losses of samples alone, which need not add up to the host's. Defaults to
-                False.
 
         Returns:
             Tensor: Of ``host_loss``'s shape and dtype.
@@ -50,32 +47,43 @@ class LossWeigher(TrainingStep):
         Raises:
             ValueError: If the loss is not one of the batch's samples.
         """
-        self.expect(per_sample.numel())
-        if per_sample.shape != (self.batch_size,):
-            raise ValueError(
-                f"{title} was computed over {per_sample.numel()} samples, but the batch has {self.batch_size}: "
-                f"a loss that drops, splits or multiplies samples cannot be weighed; {HOW_TO}"
-            )
-        weighted = (per_sample * self.weights_on(per_sample.device)).sum() / normaliser
-        self.distrust(~(per_sample.detach() / normaliser).isfinite())
-        shown = self.shown(host_loss, per_sample * (len(per_sample) / normaliser) if own else weighted, own=own)
-        if mean_over_valid and self._in_hand.blank_factor != 1:
-            weighted = weighted * self._in_hand.blank_factor
-        return ValueOfOne.apply(shown, weighted.to(host_loss.dtype).view(host_loss.shape))
+        objective = self._objective(per_sample, normaliser, title)
+        shown = self._shown_by_contributions(host_loss, objective)
+        if mean_over_valid:
+            objective = self._without_blanks(objective)
+        return _with_objective(shown, objective)
 
-    def shown(self, host_loss: Tensor, losses: Tensor, *, own: bool) -> Tensor:
-        """The value to show for a loss, without gradient: the host's in a full pass; see :mod:`.logged`.
+    def weigh_own(self, own: Tensor, host_loss: Tensor, normaliser: Tensor | float, title: str = "a loss") -> Tensor:
+        """As :meth:`weigh`, of a loss that does not separate: by the losses of samples alone.
+
+        They need not add up to the host's loss, so its value is brought to the unpruned run's by another rule.
 
         Args:
-            host_loss (Tensor): The host's own reduced loss, of one element.
-            losses (Tensor): The losses of samples alone, shape ``(B,)``, or the weighted sum of contributions.
-            own (bool): Which of them these are.
+            own (Tensor): The host's loss on each sample alone, shape ``(B,)``, with gradient.
+            host_loss (Tensor): As :meth:`weigh` takes it.
+            normaliser (Tensor | float): Number of samples where the host's loss is a mean over them, 1 where it is a
+                sum.
+            title (str): The loss's name, for messages.
+
+        Returns:
+            Tensor: Of ``host_loss``'s shape and dtype.
+
+        Raises:
+            ValueError: If the loss is not one of the batch's samples.
         """
-        if not self._pruned:
-            return host_loss.detach()
-        weights = self.weights_on(losses.device)
-        weights = weights.to(torch.promote_types(weights.dtype, losses.dtype))
-        return (logged.from_own_losses if own else logged.from_contributions)(host_loss, losses, weights)
+        objective = self._objective(own, normaliser, title)
+        return _with_objective(self._shown_by_own(host_loss, own * (len(own) / normaliser)), objective)
+
+    def _objective(self, per_sample: Tensor, normaliser: Tensor | float, title: str) -> Tensor:
+        rows = self.batch.rows
+        rows.expect(per_sample.numel())
+        if per_sample.shape != (rows.number,):
+            raise ValueError(
+                f"{title} was computed over {per_sample.numel()} samples, but the batch has {rows.number}: "
+                f"a loss that drops, splits or multiplies samples cannot be weighed; {HOW_TO}"
+            )
+        self.distrust(~(per_sample.detach() / normaliser).isfinite())
+        return (per_sample * rows.weights_on(per_sample.device)).sum() / normaliser
 
     @staticmethod
     def mark(loss: Tensor) -> Tensor:
@@ -93,15 +101,16 @@ class LossWeigher(TrainingStep):
         Args:
             predictions (Tensor): Size B along ``axis``, or any size where ``rows`` says whose each is.
             axis (int): The batch's axis. Defaults to 0.
-            rows (list[int], optional): How many consecutive entries along ``axis`` belong to each sample.
+            rows (list[int], optional): How many consecutive entries along ``axis`` belong to each sample. Defaults to
+                one each.
             mean_over_valid (bool): See :meth:`weigh`. Defaults to False.
 
         Returns:
             Tensor: A view of ``predictions``.
         """
         weights = self.weights_on(predictions.device)
-        if mean_over_valid and self._in_hand.blank_factor != 1:
-            weights = weights * self._in_hand.blank_factor
+        if mean_over_valid:
+            weights = self._without_blanks(weights)
         return ScaledGradient.apply(predictions, along(weights, predictions, axis, rows), None)
 
     def weigh_rows(self, losses: Tensor) -> Tensor:
@@ -116,31 +125,43 @@ class LossWeigher(TrainingStep):
         """
         weights = self.weights_on(losses.device)
         self.distrust(~losses.detach().flatten(1).isfinite().all(1) if losses.dim() > 1 else ~losses.isfinite())
-        factors = along(logged.factors_of_rows(weights), losses, 0) if self._pruned else None
+        factors = along(logged.factors_of_rows(weights), losses, 0) if self.pruned else None
         return ScaledGradient.apply(losses, along(weights, losses, 0), factors)
 
-    def of_host(self, host_loss: Tensor, losses: Tensor, *, own: bool) -> Tensor:
+    def show_by_contributions(self, host_loss: Tensor, contributions: Tensor) -> Tensor:
         """The host's loss with its own gradient, which is weighted where it meets the predictions.
 
         Args:
             host_loss (Tensor): Of one element, with gradient.
-            losses (Tensor): For the value that is shown in a pruned pass: the losses of samples alone, or what they
-                contribute to the host's, shape ``(B,)``.
-            own (bool): Which of them these are.
+            contributions (Tensor): What the samples contribute to it, shape ``(B,)``, for the value of a pruned pass.
         """
-        if not self._pruned:
-            return host_loss
-        if not own:
-            losses = (losses * self.weights_on(losses.device)).sum()
-        return ShownValue.apply(self.shown(host_loss, losses, own=own), host_loss)
+        weighted = (contributions * self.weights_on(contributions.device)).sum()
+        return ShownValue.apply(self._shown_by_contributions(host_loss, weighted), host_loss)
+
+    def show_by_own(self, host_loss: Tensor, own: Tensor) -> Tensor:
+        """As :meth:`show_by_contributions`, from the host's loss on each sample alone, shape ``(B,)``."""
+        return ShownValue.apply(self._shown_by_own(host_loss, own), host_loss) if self.pruned else host_loss
+
+    def _shown_by_contributions(self, host_loss: Tensor, weighted: Tensor) -> Tensor:
+        """The value to show, without gradient, from sum(weight_i * c_i): the host's in a full pass."""
+        if not self.pruned:
+            return host_loss.detach()
+        return logged.from_contributions(host_loss, weighted, self._weights_as(weighted))
+
+    def _shown_by_own(self, host_loss: Tensor, own: Tensor) -> Tensor:
+        """The value to show, without gradient, from the losses of samples alone: the host's in a full pass."""
+        return logged.from_own_losses(host_loss, own, self._weights_as(own)) if self.pruned else host_loss.detach()
+
+    def _weights_as(self, losses: Tensor) -> Tensor:
+        """The weights where the losses are, in their precision at least."""
+        weights = self.weights_on(losses.device)
+        return weights.to(torch.promote_types(weights.dtype, losses.dtype))
+
+    def _without_blanks(self, values: Tensor) -> Tensor:
+        """The values times what makes up for the blank samples of a pruned batch, see :meth:`begin`."""
+        factor = self.batch.rows.blank_factor
+        return values if factor == 1 else values * factor
 
 
-def samplewise_sum(elementwise: Tensor) -> Tensor:
-    """Sum over all but the first dimension, shape ``(B,)``, at least float32: half precision overflows."""
-    dtype = torch.promote_types(elementwise.dtype, torch.float32)
-    return elementwise.flatten(1).sum(1, dtype=dtype) if elementwise.dim() > 1 else elementwise.to(dtype)
-
-
-def valid_per_sample(mask: Tensor) -> Tensor:
-    """Number of valid elements of each sample, shape ``(B,)``, int64."""
-    return torch.count_nonzero(mask.flatten(1), dim=1) if mask.dim() > 1 else mask.long()
+def _with_objective(shown: Tensor, objective: Tensor) -> Tensor:
+    return ValueOfOne.apply(shown, objective.to(shown.dtype).view(shown.shape))

@@ -42,7 +42,8 @@ from oracle_losses import (
 )
 
 from infobatch_mm.losses import LossWeigher, attach_views
-from infobatch_mm.losses.views import ModelView, OrderView, ParsedLossesView
+from infobatch_mm.losses.model_views import ModelView, ParsedLossesView
+from infobatch_mm.losses.views import OrderView
 
 BATCH, SIZE = 4, (16, 16)
 

@@ -1,9 +1,12 @@
 import copy
+import weakref
 
 import pytest
 import torch
 
-from infobatch_mm.losses.weigher import LossWeigher, samplewise_sum, valid_per_sample
+from infobatch_mm.losses import LossWeigher
+from infobatch_mm.losses.elements import samplewise_sum, valid_per_sample
+from infobatch_mm.losses.view import LossView
 
 
 def begun(*weights):
@@ -136,3 +139,78 @@ def test_samplewise_sum_and_valid_per_sample_keep_the_first_dimension():
     assert valid_per_sample(values > 10).tolist() == [1, 12]
     assert valid_per_sample(values[:, 0, 0] > 10).tolist() == [0, 1]
     assert valid_per_sample(values > 10).dtype == torch.int64
+
+
+def test_nothing_of_a_batch_outlives_its_end():
+    weigher = begun(1.0, 2.0)
+    lifelong = set(vars(weigher))
+    batch = weakref.ref(weigher.batch)
+    samples = weakref.ref(weights := torch.tensor([1.0, 2.0]))
+    weigher.begin(weights, True, torch.arange(2))
+    assert batch() is None
+    weigher.mix(torch.eye(2))
+    weigher.batch.reached = True
+    weigher.batch.labelled = torch.tensor([True, True])
+    weigher.batch.rows.data_samples = [object(), object()]
+    weigher.score(torch.ones(2))
+    batch = weakref.ref(weigher.batch)
+    del weights
+    assert weigher.reached and weigher.end()[1].all()
+    assert batch() is None and samples() is None
+    assert set(vars(weigher)) == lifelong and not weigher.reached
+
+
+@pytest.mark.parametrize("standing_in", ["narrowed", "in_parts"])
+def test_an_exception_leaves_the_rows_of_the_batch_as_they_were(standing_in):
+    """Else a step that goes on after it would weigh by rows that are not its samples."""
+    weigher = begun(1.0, 2.0, 4.0)
+    rows = dict(narrowed=lambda: weigher.narrowed([0, 2]), in_parts=lambda: weigher.in_parts(torch.tensor([1, 0, 1])))
+    weigher.score(torch.ones(3))
+    with pytest.raises(RuntimeError, match="mine"), rows[standing_in]():
+        weigher.score(torch.full((2,), 7.0))
+        raise RuntimeError("mine")
+    assert weigher.batch_size == 3
+    assert weigher.weights_on(torch.device("cpu")).tolist() == [1.0, 2.0, 4.0]
+    assert weigher.end()[0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_batch_after_an_exception_begins_clean():
+    weigher = LossWeigher()
+    weigher.begin(torch.tensor([1.0, 2.0]), True, blank_factor=0.5)
+    weigher.mix(torch.eye(2).flip(0))
+    weigher.batch.labelled = torch.tensor([False, False])
+    weigher.batch.met = weigher.batch.reached = True
+    weigher.distrust(torch.tensor(True))
+    weigher.begin(torch.tensor([3.0, 4.0, 5.0]), False)
+    assert not weigher.reached and not weigher.pruned and weigher.batch.shares is None
+    assert weigher.end() == (None, None)
+    weigher.begin(torch.ones(2))
+    weigher.score(torch.ones(2))
+    assert weigher.end()[1].all()
+
+
+def test_a_view_weighs_again_after_an_exception_in_it():
+    class Loss(LossView):
+        def weighed(self, value):
+            if value is None:
+                raise RuntimeError("mine")
+            return 2 * self.host(value)
+
+    module, weigher = torch.nn.Identity(), begun(1.0)
+    view = Loss(module, "forward", weigher)
+    view.attach()
+    with pytest.raises(RuntimeError, match="mine"):
+        module(None)
+    assert module(1.0) == 2.0
+
+
+def test_a_batch_that_goes_through_the_model_again_is_weighed_as_before_and_scored_again():
+    weigher = LossWeigher()
+    weigher.begin(torch.tensor([1.0, 2.0]), True, blank_factor=0.5)
+    weigher.score(torch.full((2,), 7.0))
+    weigher.batch.restart()
+    per_sample = torch.ones(2, requires_grad=True)
+    weigher.weigh(per_sample, per_sample.sum(), 1.0, mean_over_valid=True).backward()
+    assert per_sample.grad.tolist() == [0.5, 1.0]
+    weigher.score(torch.ones(2))
+    assert weigher.end()[0].tolist() == [1.0, 1.0]

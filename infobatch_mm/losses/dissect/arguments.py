@@ -69,7 +69,7 @@ class BatchedArguments:
         return [{name: _pick(value, i) for name, value in pieces.items()} for i in range(self.batch_size)]
 
     def _for_one(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments with a number of samples to divide by, which heads give as ``avg_factor``, that is 1."""
+        """Copy the arguments with ``avg_factor=1``, so that a lone sample is not divided by the batch size."""
         given: dict[str, Any] = {name: self._for_one(value) for name, value in arguments.items() if type(value) is dict}
         divisor = arguments.get("avg_factor")
         if isinstance(divisor, (int, float)) and divisor == self.batch_size:

@@ -38,7 +38,7 @@ class Memory:
                 part._buffers[name] = original
 
     def settle(self) -> None:
-        """From now on, care only for the buffers that have changed so far: most heads have none."""
+        """From now on, copy only the buffers that have changed so far: most heads have none."""
         if not self._settled:
             self._settled = True
             self._places = [place for i, place in enumerate(self._places) if i in self._changing]

@@ -128,7 +128,10 @@ def _check_order_is_free(call: Callable, batch: BatchedArguments, reset: Callabl
 
 
 def _check_part_of_each(call: Callable, batch: BatchedArguments, reset: Callable, title: str, apart: bool) -> None:
-    """By the predictions of a sample, the gradient of a loss of the batch is that of its own, or a multiple of it."""
+    """Refuse a loss in which a sample has no part.
+
+    With ``apart``, also one whose gradient by a sample's predictions is no multiple of the gradient of its own loss.
+    """
     predictions, size = batch.predictions(), batch.batch_size
     judged, compared = False, []
     with torch.enable_grad():

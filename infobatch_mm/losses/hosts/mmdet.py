@@ -1,7 +1,7 @@
 """MMDetection: its dense, query and RoI heads, evaluated sample by sample.
 
 Their losses are normalised by the number of positives in the batch, so they do not separate over samples:
-in pruned passes each sample's own loss is optimised (see :class:`SamplewiseView`).
+in pruned passes each sample's own loss is optimised (see :class:`.InseparableView`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..attach import head_views
 from ..dissect.arguments import LAYERS_FIRST, bools, have_instances
+from ..head_rules import SamplewiseRule
+from ..model_views import model_views
 from ..refusals import HOW_TO, cannot_be_weighed
-from ..registry import HeadRule
-from ..views import LossView, model_views
+from ..view import LossView
 from ..weigher import LossWeigher
 
 
@@ -58,14 +59,14 @@ def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = F
     views = [
         view
         for name, head, rule in _heads(model)
-        for view in head_views(name, head, weigher, scored=True, default=rule)
+        for view in head_views(name, head, weigher, scored=True, default=rule, valid=_has_boxes)
     ]
     if not views:
         raise ValueError(f"{type(model).__name__} has no head with loss_by_feat() or loss_and_target(); {HOW_TO}")
     return [*views, *model_views(model, weigher)]
 
 
-def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, HeadRule]]:
+def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, SamplewiseRule]]:
     """The outermost modules that compute losses from predictions, and how."""
     for name, child in module.named_children():
         name = prefix + name
@@ -73,11 +74,9 @@ def _heads(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         if callable(getattr(child, "loss_and_target", None)):
             # MMDetection's are means over the RoIs of the batch.
             reduction = "mean" if ours else None
-            rule = HeadRule(
-                method="loss_and_target", trusted=ours, reduction=reduction, rows=_rois_of_samples, valid=_has_boxes
-            )
+            rule = SamplewiseRule(method="loss_and_target", trusted=ours, reduction=reduction, rows=_rois_of_samples)
             yield name, child, rule
         elif callable(getattr(child, "loss_by_feat", None)):
-            yield name, child, HeadRule(axes=LAYERS_FIRST, trusted=ours, valid=_has_boxes)
+            yield name, child, SamplewiseRule(axes=LAYERS_FIRST, trusted=ours)
         else:
             yield from _heads(child, f"{name}.")

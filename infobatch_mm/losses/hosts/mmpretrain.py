@@ -14,18 +14,20 @@ from torch import nn
 
 from ..attach import head_views, module_views
 from ..dissect.results import losses_in, replace_losses
+from ..head_rules import BaseHeadRule, ModulesRule, SamplewiseRule
 from ..mixing import MixingView
+from ..model_views import model_views
 from ..refusals import HOW_TO, cannot_be_weighed
-from ..registry import HeadRule, head_rule, register_head_rule
-from ..views import LossView, model_views
+from ..registry import head_rule, register_head_rule
+from ..view import LossView
 from ..weigher import LossWeigher
 from . import mmpretrain_losses  # noqa: F401  (registers the views of losses)
 from .mmpretrain_selfsup import self_supervised_views
 
 # Their losses all come from one loss module, which is called with (B, ...) predictions and targets.
 for _head in (heads.ClsHead, heads.MultiLabelClsHead, heads.ConformerHead, heads.EfficientFormerClsHead):
-    register_head_rule(_head, HeadRule(by_modules=True, method="_get_loss", overrides=("loss",)), replace=False)
-register_head_rule(heads.ArcFaceClsHead, HeadRule(by_modules=True, method="loss"), replace=False)
+    register_head_rule(_head, ModulesRule(method="_get_loss", overrides=("loss",)), replace=False)
+register_head_rule(heads.ArcFaceClsHead, ModulesRule(method="loss"), replace=False)
 
 
 class TaskView(LossView):
@@ -91,8 +93,8 @@ def _headless_views(model: nn.Module, weigher: LossWeigher) -> Iterator[LossView
     if not hasattr(model, "_get_loss"):
         yield from module_views("model", model, weigher, scored=True)
         return
-    by_modules = all(_definer(model, method).__module__.startswith("mmpretrain.") for method in ("loss", "_get_loss"))
-    rule = HeadRule(by_modules=by_modules, method="_get_loss")
+    ours = all(_definer(model, method).__module__.startswith("mmpretrain.") for method in ("loss", "_get_loss"))
+    rule: BaseHeadRule = ModulesRule(method="_get_loss") if ours else SamplewiseRule(method="_get_loss")
     yield from head_views("model", model, weigher, scored=True, default=rule)
 
 
@@ -109,7 +111,7 @@ def _head_views(name: str, head: nn.Module, weigher: LossWeigher, task: bool = F
             yield TaskView(child, key, weigher, each)
             yield from _head_views(each, child, weigher, task=True)
         return
-    default = HeadRule(method=_loss_method(head))
+    default = SamplewiseRule(method=_loss_method(head))
     if task and head_rule(head) is None and default.method == "loss":
         raise cannot_be_weighed(f"{name} ({type(head).__name__})", "a head of a task has a loss() of its own")
     yield from head_views(name, head, weigher, scored=True, default=default)

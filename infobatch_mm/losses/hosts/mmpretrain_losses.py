@@ -16,10 +16,13 @@ from mmpretrain.models.losses.seesaw_loss import seesaw_ce_loss
 from mmpretrain.models.losses.utils import weight_reduce_loss
 from torch import Tensor, nn
 
+from ..elements import samplewise_sum
+from ..inseparable import InseparableView
 from ..refusals import check_reduction
-from ..registry import register_loss_factory, samplewise
-from ..views import LossView, SampleLosses, VectorisedView
-from ..weigher import LossWeigher, samplewise_sum
+from ..registry import register_loss_factory
+from ..view import LossView
+from ..views import SampleLosses, VectorisedView
+from ..weigher import LossWeigher
 
 _IGNORED = -100  # torch's default, which the host leaves as it is
 
@@ -88,7 +91,7 @@ def _criterion_view(
     criterion = module.cls_criterion
     function = functions.get(criterion.host if isinstance(criterion, LossView) else criterion)
     if function is None:  # a user's own
-        return samplewise()(module, weigher, scored, title)
+        return InseparableView(module, weigher, scored, title)
     scaled_by = scaled_by or module
     return VectorisedView(module, weigher, scored, title, function, "cls_criterion", scaled_by=scaled_by, trusted=True)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..attach import head_views
+from ..elements import samplewise_sum
+from ..head_rules import ModulesRule, SamplewiseRule
 from ..refusals import cannot_be_weighed
-from ..registry import HeadRule, ViewFactory, head_rule, register_head_rule, register_loss_factory
-from ..views import LossView, SampleLosses, VectorisedView
-from ..weigher import LossWeigher, samplewise_sum
+from ..registry import head_rule, register_head_rule, register_loss_factory, view_factory
+from ..view import LossView
+from ..views import SampleLosses, VectorisedView
+from ..weigher import LossWeigher
 
-#: Why a sample's loss is not its own: leaving some samples out changes that of the others.
+#: Why a sample's loss is not its own: leaving some samples out changes the loss of the others.
 _COUPLED = {
     heads.ContrastiveHead: "it compares each image with other images, of its batch or of a queue",
     heads.MoCoV3Head: "it compares each image with the other images of its batch",
@@ -66,15 +68,20 @@ class FlippedPairsView(LossView):
         return self.host(x_rec, *args, **kwargs)
 
 
+def _refuse_tokens(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
+    raise cannot_be_weighed(title, "it is called with the masked tokens of all samples, and has no view of its own")
+
+
 # Their losses all come from one loss module, which is called with (B, ...) predictions and targets.
-_RULE = HeadRule(by_modules=True, method="loss")
 for _head in (heads.MAEPretrainHead, heads.SimMIMHead, heads.MIMHead, heads.CAEHead, heads.LatentPredictHead):
-    register_head_rule(_head, _RULE, replace=False)
-register_head_rule(heads.SparKPretrainHead, replace(_RULE, method="forward"), replace=False)
-register_head_rule(heads.MixMIMPretrainHead, replace(_RULE, view=FlippedPairsView), replace=False)
-# Theirs is called with (tokens, ...) ones.
+    register_head_rule(_head, ModulesRule(method="loss"), replace=False)
+register_head_rule(heads.SparKPretrainHead, ModulesRule(method="forward"), replace=False)
+register_head_rule(heads.MixMIMPretrainHead, ModulesRule(method="loss", view=FlippedPairsView), replace=False)
+# The loss module of these heads is called with (tokens, ...) predictions: one evaluated on each sample alone would be
+# given the tokens of the wrong samples.
 for _head in (heads.BEiTV1Head, heads.BEiTV2Head, heads.iTPNClipHead):
-    register_head_rule(_head, replace(_RULE, view=TokenView), replace=False)
+    _rule = ModulesRule(method="loss", view=TokenView, default_loss=_refuse_tokens)
+    register_head_rule(_head, _rule, replace=False)
 
 
 def self_supervised_views(model: nn.Module, weigher: LossWeigher) -> Iterator[LossView]:
@@ -102,13 +109,7 @@ def self_supervised_views(model: nn.Module, weigher: LossWeigher) -> Iterator[Lo
             )
     method = "loss" if callable(getattr(type(head), "loss", None)) else "forward"
     # Of a head nobody registered it is not known that it compares no samples.
-    default = HeadRule(method=method, apart=True)
-    tokens = rule is not None and rule.view is TokenView
-    yield from head_views("head", head, weigher, True, default, _refuse_tokens if tokens else None)
-
-
-def _refuse_tokens(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-    raise cannot_be_weighed(title, "it is called with the masked tokens of all samples, and has no view of its own")
+    yield from head_views("head", head, weigher, scored=True, default=SamplewiseRule(method=method, apart=True))
 
 
 # ---- losses -----------------------------------------------------------------------------------------
@@ -148,13 +149,11 @@ def _context(
     return _masked_mean(tokens, None), _masked_mean(latents, None)
 
 
-def _view_by(function: Callable[..., SampleLosses | tuple], trusted: bool = True) -> ViewFactory:
-    def factory(module: nn.Module, weigher: LossWeigher, scored: bool, title: str) -> LossView:
-        return VectorisedView(module, weigher, scored, title, function, trusted=trusted)
-
-    return factory
+def _register(loss: type[nn.Module], function: Callable[..., SampleLosses | tuple], trusted: bool = True) -> None:
+    view = view_factory(VectorisedView, function=function, trusted=trusted)
+    register_loss_factory(loss, replace=False)(view)
 
 
-register_loss_factory(host.PixelReconstructionLoss, replace=False)(_view_by(_pixels))
-register_loss_factory(host.CosineSimilarityLoss, replace=False)(_view_by(_cosine))
-register_loss_factory(host.CAELoss, replace=False)(_view_by(_context, trusted=False))
+_register(host.PixelReconstructionLoss, _pixels)
+_register(host.CosineSimilarityLoss, _cosine)
+_register(host.CAELoss, _context, trusted=False)

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 from ..attach import head_views
 from ..dissect.arguments import LAYERS_FIRST, have_instances
+from ..head_rules import ModulesRule, SamplewiseRule
+from ..inseparable import InseparableView
+from ..model_views import model_views
 from ..refusals import HOW_TO
-from ..registry import HeadRule, register_head_rule, samplewise
-from ..views import LossView, model_views
+from ..registry import register_head_rule, view_factory
+from ..view import LossView
 from ..weigher import LossWeigher
 from .mmseg_losses import has_valid_pixel
 
@@ -41,13 +44,13 @@ for _head in (
     IterativeDecodeHead,
     VPDDepthHead,
 ):
-    register_head_rule(_head, HeadRule(by_modules=True), replace=False)
+    register_head_rule(_head, ModulesRule(), replace=False)
 
 
 # Set prediction: masks are matched to instances, and normalised by the number of instances in the batch.
 # An image without a valid pixel has none.
 for _head in (MaskFormerHead, Mask2FormerHead, SideAdapterCLIPHead):
-    _rule = HeadRule(trusted=True, reduction="mean", axes=LAYERS_FIRST, valid=have_instances)
+    _rule = SamplewiseRule(trusted=True, reduction="mean", axes=LAYERS_FIRST, valid=have_instances)
     register_head_rule(_head, _rule, replace=False)
 
 
@@ -66,11 +69,11 @@ def loss_views(model: nn.Module, weigher: LossWeigher, score_auxiliary: bool = F
     Raises:
         ValueError: With the name of what cannot be weighed and what to do.
     """
-    rule, loss_rule = HeadRule(valid=_has_labelled_pixel), samplewise(valid=has_valid_pixel)
+    rule, loss = SamplewiseRule(), view_factory(InseparableView, valid=has_valid_pixel)
     views = [
         view
         for name, head, main in _heads(model)
-        for view in head_views(name, head, weigher, main or score_auxiliary, rule, loss_rule)
+        for view in head_views(name, head, weigher, main or score_auxiliary, rule, loss, _has_labelled_pixel)
     ]
     if not views:
         raise ValueError(f"{type(model).__name__} has no decode_head: its losses cannot be weighed; {HOW_TO}")

@@ -5,7 +5,7 @@ Normalisers are the host's and never see a weight.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,10 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.devices import moved
+from ..elements import samplewise_sum, valid_per_sample
+from ..inseparable import InseparableView
 from ..refusals import check_reduction
-from ..registry import register_loss_factory, samplewise
-from ..views import LossView, RowwiseView, SampleLosses, VectorisedView
-from ..weigher import LossWeigher, samplewise_sum, valid_per_sample
+from ..registry import register_loss_factory, view_factory
+from ..separable import SeparableView, SharesView
+from ..view import LossView
+from ..views import RowwiseView, SampleLosses, VectorisedView
+from ..weigher import LossWeigher
 
 _EPS = torch.finfo(torch.float32).eps  # what the host adds to its normalisers
 
@@ -39,7 +43,7 @@ def has_valid_pixel(module: nn.Module, arguments: dict) -> Tensor | None:
     label = [*arguments.values(), None][1]
     if not isinstance(label, Tensor) or label.is_floating_point():
         return None
-    # Those that have one of their own ignore the head's.
+    # A loss with an ignored label of its own is not given the head's.
     ignore_index = getattr(module, "ignore_label", getattr(module, "ignore_index", None))
     if ignore_index is None:
         ignore_index = arguments.get("kwargs", arguments).get("ignore_index", 255)
@@ -61,7 +65,7 @@ def _cross_entropy_view(module: nn.Module, weigher: LossWeigher, scored: bool, t
     check_reduction(module, title)
     criterion = module.cls_criterion
     if criterion not in (cross_entropy, binary_cross_entropy) and not isinstance(criterion, LossView):
-        return samplewise(valid=has_valid_pixel)(module, weigher, scored, title)
+        return InseparableView(module, weigher, scored, title, valid=has_valid_pixel)
     # One below forward, where the host's value can be had by the host's own operations.
     return VectorisedView(
         module, weigher, scored, title, _cross_entropy, "cls_criterion", scaled_by=module, trusted=True
@@ -154,6 +158,9 @@ def _counts_ignored_pixels() -> bool:
     return bool(loss < 0.5)  # ln(2) over one pixel, or over two
 
 
+# What a batch decides in the losses below is not the same in the loss of each sample.
+_mean_over_samples = view_factory(InseparableView, trusted=True, reduction="mean", valid=has_valid_pixel)
+
 # ---- losses that give their elements, or one value for each sample ----------------------------------
 
 
@@ -192,7 +199,7 @@ def _lovasz_view(module: nn.Module, weigher: LossWeigher, scored: bool, title: s
     if module.per_image:
         return _elements_view(module, weigher, scored, title)
     # Sorts the pixels of the whole batch: each one's gradient depends on all others.
-    return samplewise(trusted=True, reduction="mean", valid=has_valid_pixel)(module, weigher, scored, title)
+    return _mean_over_samples(module, weigher, scored, title)
 
 
 @register_loss_factory(KLDivLoss, replace=False)
@@ -203,9 +210,9 @@ def _kl_divergence_view(module: nn.Module, weigher: LossWeigher, scored: bool, t
 # ---- losses that are evaluated sample by sample -----------------------------------------------------
 
 
-_separable = partial(samplewise, separable=True, trusted=True, valid=has_valid_pixel)
 for _loss in (TverskyLoss, HuasdorffDisstanceLoss):
-    register_loss_factory(_loss, replace=False)(_separable())
+    _view = view_factory(SeparableView, trusted=True, valid=has_valid_pixel)
+    register_loss_factory(_loss, replace=False)(_view)
 
 
 def _ohem_shares(module: nn.Module, arguments: dict) -> Tensor:
@@ -224,7 +231,8 @@ def _ohem_shares(module: nn.Module, arguments: dict) -> Tensor:
 
 
 # Keeps the hardest of the valid pixels of the batch: they, and their number, are held like a normaliser.
-register_loss_factory(OhemCrossEntropy, replace=False)(_separable(mean_over_valid=True, shares=_ohem_shares))
+_view = view_factory(SharesView, trusted=True, valid=has_valid_pixel, mean_over_valid=True, shares=_ohem_shares)
+register_loss_factory(OhemCrossEntropy, replace=False)(_view)
 
 # Weighs its two classes by their numbers of pixels in the batch.
-register_loss_factory(BoundaryLoss, replace=False)(samplewise(trusted=True, reduction="mean", valid=has_valid_pixel))
+register_loss_factory(BoundaryLoss, replace=False)(_mean_over_samples)
