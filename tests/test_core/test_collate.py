@@ -992,15 +992,23 @@ def loader(function: Callable, workers: int, context: str | None, persistent: bo
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("workers", "context", "persistent"), [WORKERS[0], WORKERS[1], WORKERS[3]])
+@pytest.mark.parametrize(
+    ("workers", "context", "persistent"), [*WORKERS[:2], pytest.param(*WORKERS[3], marks=pytest.mark.slow)]
+)
 def test_sorting_is_refused_in_workers_too(workers: int, context: str | None, persistent: bool):
     with pytest.raises(ValueError, match="by_length reorders"):
         list(loader(by_length, workers, context, persistent))
 
 
-@pytest.mark.parametrize(("workers", "context", "persistent"), WORKERS)
-@pytest.mark.parametrize("function", [masked, decorated])
-def test_order_is_kept_in_workers_too(workers: int, context: str | None, persistent: bool, function: Callable):
+@pytest.mark.parametrize(
+    ("function", "workers", "context", "persistent"),
+    [
+        *((masked, *workers) for workers in (WORKERS[0], *WORKERS[2:])),
+        *((decorated, *workers) for workers in WORKERS[:3]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((masked, *WORKERS[1]), (decorated, *WORKERS[3]))),
+    ],
+)
+def test_order_is_kept_in_workers_too(function: Callable, workers: int, context: str | None, persistent: bool):
     walked = loader(function, workers, context, persistent)
     for _ in range(2):
         assert torch.cat([index for index, _ in walked]).tolist() == list(range(24))

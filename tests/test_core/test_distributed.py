@@ -5,14 +5,12 @@ The processes start once for the whole file and write down what they saw; the te
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import meeting, on_ranks
 from reference import ReferenceRun
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -125,9 +123,11 @@ def levelled_store(me: int | None) -> dict[str, Any]:
 
 
 def one_process(me: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, rank=me, world_size=WORLD, timeout=timedelta(seconds=60))
+    with meeting(folder, me, WORLD):
+        torch.save(what_is_seen(me), Path(folder) / f"{me}.pt")
+
+
+def what_is_seen(me: int) -> dict[str, Any]:
     states: dict[str, Any] = {}
     seen: dict[str, Any] = {"place": (rank(), world_size()), "states": states}
     seen["gathered"] = {key: all_gather_ragged(torch.tensor(v[me], dtype=torch.int64)) for key, v in GATHERED.items()}
@@ -142,15 +142,13 @@ def one_process(me: int, folder: str) -> None:
         seen["refused"] = ""
     except ValueError as error:
         seen["refused"] = str(error)
-    torch.save(seen, Path(folder) / f"{me}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_process, (str(folder),), nprocs=WORLD)
+    on_ranks(WORLD, one_process, str(folder))
     return [torch.load(folder / f"{me}.pt", weights_only=True) for me in range(WORLD)]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from launching import on_ranks
 from reference import is_below, kept_count, mean_score, steps_after_pass
 
 from .many_processes import (
@@ -153,10 +153,10 @@ def passes_of(case: Case, journals: list[dict[str, Any]]) -> list[Pass]:
     return passes
 
 
-@pytest.fixture(scope="module")
-def journals(tmp_path_factory: pytest.TempPathFactory) -> Journals:
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def journals(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Journals:
     folder = tmp_path_factory.mktemp("many")
-    mp.spawn(one_process, (str(folder),), nprocs=PROCESSES)
+    on_ranks(PROCESSES, one_process, str(folder), request.param == "all")
     return read_journals(folder)
 
 
@@ -169,12 +169,17 @@ def read_journals(folder: Path) -> Journals:
 
 
 @pytest.fixture(params=[(world, kind) for world in range(1, PROCESSES + 1) for kind in KINDS], ids=str)
-def cases(request: pytest.FixtureRequest) -> list[Case]:
+def cases(request: pytest.FixtureRequest, journals: Journals) -> list[Case]:
     """The cases of one world size and kind."""
     world, kind = request.param
     if kind != "core":
         pytest.importorskip("mmengine")
-    return [case for case in CASES if (case.world, case.kind) == (world, kind)]
+    return [case for case in made(journals) if (case.world, case.kind) == (world, kind)]
+
+
+def made(journals: Journals) -> list[Case]:
+    """The cases that were run."""
+    return [case for case in CASES if case.number in journals]
 
 
 def all_passes(cases: list[Case], journals: Journals) -> Iterator[Pass]:
@@ -184,9 +189,9 @@ def all_passes(cases: list[Case], journals: Journals) -> Iterator[Pass]:
 
 def test_there_are_many_cases_and_they_reach_the_corners(journals: Journals):
     pytest.importorskip("mmengine")
-    assert len(CASES) == len(journals) >= 350
+    assert len(made(journals)) == len(journals) >= (350 if len(journals) == len(CASES) else 180)
     reached: Counter[str] = Counter()
-    for single in all_passes(CASES, journals):
+    for single in all_passes(made(journals), journals):
         case = single.case
         reached["pruned"] += single.pruned
         reached["pruned in several processes"] += single.pruned and case.world > 1
@@ -206,7 +211,7 @@ def test_there_are_many_cases_and_they_reach_the_corners(journals: Journals):
         reached["our loader"] += case.ours and single.pruned
         reached["our loader drops a tail"] += case.ours and case.drop_last and len(single.real_visits()) < single.visits
     assert min(reached.values()) >= 3, reached
-    assert reached["pruned in several processes"] > 200, reached
+    assert reached["pruned in several processes"] > len(journals) / 2, reached
 
 
 # ---- which samples ------------------------------------------------------------------------------------
@@ -244,7 +249,7 @@ def test_every_kept_sample_is_visited_once_per_pass_over_all_processes(cases: li
 def test_what_iteration_loops_leave_out_of_full_passes_is_random(journals: Journals):
     pytest.importorskip("mmengine")
     for shuffle in (True, False):
-        chosen = [case for case in CASES if case.kind == "iterations" and case.shuffle == shuffle]
+        chosen = [case for case in made(journals) if case.kind == "iterations" and case.shuffle == shuffle]
         places: list[float] = []
         for single in all_passes(chosen, journals):
             num_samples = single.case.num_samples
@@ -252,7 +257,7 @@ def test_what_iteration_loops_leave_out_of_full_passes_is_random(journals: Journ
                 left_out = set(range(num_samples)) - set(single.real_visits())
                 assert len(left_out) == num_samples % single.case.global_batch, single.where
                 places += [(index + 0.5) / num_samples for index in left_out]
-        assert len(places) > 90
+        assert len(places) > len(journals) / 6
         assert sum(places) / len(places) == pytest.approx(0.5, abs=0.1)
 
 
@@ -312,7 +317,7 @@ def used_weights(single: Pass) -> Iterator[tuple[int, float]]:
 
 @pytest.mark.parametrize("world", range(1, PROCESSES + 1))
 def test_weighted_loss_is_the_mean_and_never_divided_by_the_weights(journals: Journals, world: int):
-    chosen = [case for case in CASES if (case.world, case.kind) == (world, "core")]
+    chosen = [case for case in made(journals) if (case.world, case.kind) == (world, "core")]
     for single in all_passes(chosen, journals):
         weights = dict(zip(single.plan["indices"], single.plan["weights"], strict=True))
         for together in single.steps():
@@ -346,7 +351,7 @@ def has_bad_padding(single: Pass, step: dict[str, Any], rank: int) -> bool:
 
 
 def test_padding_weighs_nothing_also_where_its_loss_is_not_finite(journals: Journals):
-    for single in all_passes([case for case in CASES if case.kind == "core"], journals):
+    for single in all_passes([case for case in made(journals) if case.kind == "core"], journals):
         for rank, entry in enumerate(single.ranks):
             for step in entry["steps"]:
                 pairs = zip(step["index"], single.losses_in(step, rank), strict=True)
@@ -426,7 +431,7 @@ def test_books_are_equal_and_add_up(cases: list[Case], journals: Journals):
 
 
 def test_padding_is_not_booked_as_unusable_samples(journals: Journals):
-    for case in CASES:
+    for case in made(journals):
         if case.kind == "core":
             assert journals[case.number][0]["summary"]["unusable_visits"] == 0, case
 

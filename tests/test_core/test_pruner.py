@@ -117,7 +117,9 @@ def test_plans_are_determined_by_seed_and_pass():
 def test_seed_and_pass_do_not_add_up():
     # seed + pass would give run 1 the order that run 0 has one pass later.
     later, other = make(seed=0, policy=NoPruning()), make(seed=1, policy=NoPruning())
+    before = later.begin_pass().indices
     walk(later)
+    assert not torch.equal(later.begin_pass().indices, before)  # each pass has an order of its own
     assert not torch.equal(later.begin_pass().indices, other.begin_pass().indices)
 
 
@@ -440,7 +442,8 @@ def test_own_policy_takes_part_in_a_run():
 
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
-    del state["score_ema"], state["score"], state["skipped"], state["unusable"]  # which earlier versions did not write
+    for key in ("score", "score_ema", "score_settings", "skipped", "unusable"):  # which earlier versions did not write
+        del state[key]
     for key in state:
         with pytest.raises(ValueError, match=r"damaged|version"):
             make().check_state({k: v for k, v in state.items() if k != key})
@@ -451,8 +454,14 @@ def test_state_of_another_average_is_refused_and_one_of_none_is_that_of_earlier_
     with pytest.raises(ValueError, match=r"'score_ema': 0\.8.*'score_ema': 0\.0"):
         make().check_state(averaged)
     with pytest.raises(ValueError, match=r"'score_ema': 0\.0.*'score_ema': 0\.8"):
-        make(score_ema=0.8).check_state({key: value for key, value in plain.items() if key != "score_ema"})
-    make().check_state({key: value for key, value in plain.items() if key != "score_ema"})
+        make(score_ema=0.8).check_state(plain)
+    del plain["score_settings"]  # as the version before wrote it
+    assert make(score_ema=0.8).check_state(make(score_ema=0.8).state_dict()).settings["score_ema"] == 0.8
+    make().check_state(plain)
+    del plain["score"], plain["score_ema"]  # as the first one did
+    with pytest.raises(ValueError, match=r"'score_ema': 0\.0.*'score_ema': 0\.8"):
+        make(score_ema=0.8).check_state(plain)
+    make().check_state(plain)
 
 
 @pytest.mark.parametrize(

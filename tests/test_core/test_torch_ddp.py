@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,9 @@ import torch
 import torch.distributed as dist
 
 from infobatch_mm import InfoBatch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does; here for the processes
+from launching import accelerate_launch, launched, torchrun
 
 pytestmark = pytest.mark.dist
 
@@ -95,7 +97,6 @@ class Done:
     """A run that is over."""
 
     folder: Path
-    code: int
     output: str
 
     def journal(self, rank: int) -> list[dict[str, Any]]:
@@ -121,50 +122,26 @@ class Done:
         return torch.load(self.folder / "checkpoint.pt", weights_only=True)
 
 
-LAUNCHERS = {
-    "python": [],
-    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "{}"],
-    "accelerate": [
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "{}", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-    ],
-}
-
-
-def launch(folder: Path, launcher: str, processes: int, *more: str, kill_at: int = 0) -> Done:
+def launch(folder: Path, launcher: list[str], *more: str, kill_at: int = 0) -> Done:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, *(part.format(processes) for part in LAUNCHERS[launcher])]
-    process = subprocess.Popen(
-        [*command, __file__, str(folder), str(kill_at), *ARGUMENTS, *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output = process.communicate(timeout=200)[0]
-    finally:
-        process.terminate()  # torchrun passes it on to its own
-    done = Done(folder, process.returncode, output)
-    assert bool(done.code) == bool(kill_at), done.output[-3000:]
-    return done
+    arguments = [folder, kill_at, *ARGUMENTS, *more]
+    return Done(folder, launched(launcher, __file__, *arguments, cwd=folder, fails=kill_at > 0))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    return launch(tmp_path_factory.mktemp("python"), "python", 1)
+    return launch(tmp_path_factory.mktemp("python"), [])
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Done:
     """Two processes, each with a worker that reads ahead."""
-    return launch(tmp_path_factory.mktemp("two"), "torchrun", 2, "--workers", "1")
+    return launch(tmp_path_factory.mktemp("two"), torchrun(), "--workers", "1")
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    done = launch(tmp_path_factory.mktemp("killed"), "torchrun", 2, "--workers", "1", kill_at=KILL_AT)
+    done = launch(tmp_path_factory.mktemp("killed"), torchrun(), "--workers", "1", kill_at=KILL_AT)
     assert "SIGKILL" in done.output
     assert [len(done.journal(rank)) for rank in range(2)] == [KILL_AT] * 2
     assert not (done.folder / "end.pt").exists()
@@ -173,7 +150,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def resume(killed: Done, folder: Path, processes: int, *more: str) -> Done:
     (folder / "checkpoint.pt").write_bytes((killed.folder / "checkpoint.pt").read_bytes())
-    return launch(folder, "torchrun", processes, "--resume", *more)
+    return launch(folder, torchrun(processes), "--resume", *more)
 
 
 def distance(ours: Done, theirs: Done) -> float:
@@ -197,11 +174,11 @@ def test_the_example_alone_prunes_and_says_what_it_saved(alone: Done):
     assert any(weight > 1 for batch in visits.values() for weight in batch.values())
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [2, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 4))])
 def test_the_same_global_batches_and_parameters_on_any_number_of_processes(
     alone: Done, two: Done, tmp_path: Path, processes: int
 ):
-    run = two if processes == 2 else launch(tmp_path, "torchrun", processes)
+    run = two if processes == 2 else launch(tmp_path, torchrun(processes))
     steps = [len(run.journal(rank)) for rank in range(processes)]
     assert steps == [len(alone.journal(0))] * processes
     assert run.visits == alone.visits
@@ -255,9 +232,10 @@ def test_resumed_with_another_global_batch_keeps_scores_and_progress(killed: Don
     assert int(after["times_seen"].sum()) == counted
 
 
+@pytest.mark.slow
 def test_accelerate_launch_is_torchrun_to_the_bit(two: Done, tmp_path: Path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    run = launch(tmp_path, "accelerate", 2)
+    run = launch(tmp_path, accelerate_launch())
     for rank in range(2):
         assert run.journal(rank) == two.journal(rank)
     assert distance(run, two) == 0

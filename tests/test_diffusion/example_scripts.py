@@ -11,7 +11,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from infobatch_mm.diffusion import AcceleratedInfoBatch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does; here for the processes
+from launching import launched
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ADDED, REPLACED = "# (+)", "# (-) "
@@ -121,18 +123,8 @@ def told(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 def launch(name: str, folder: Path, *more: str, kill_from: int = 0, launcher: list[str] | None = None) -> None:
     """The same in processes of its own, which are expected to end by the kill if there is one."""
-    process = subprocess.Popen(
-        [sys.executable, *(launcher or []), __file__, name, str(folder), str(kill_from), *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output = process.communicate(timeout=200)[0]
-    finally:
-        process.terminate()
-    assert bool(process.returncode) == bool(kill_from), output[-4000:]
+    arguments = [name, folder, kill_from, *more]
+    launched(launcher or [], __file__, *arguments, fails=kill_from > 0, timeout=200, TQDM_DISABLE="1")
 
 
 def steps_saved(folder: Path) -> tuple[int, int]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 from accelerate import Accelerator
+from launching import launched
 from torch.utils.data import DataLoader
 
 from infobatch_mm import keeps_order
@@ -56,9 +54,8 @@ def test_the_logged_loss_of_pruned_passes_is_that_of_all_samples() -> None:
 
 def test_without_weights_the_logged_loss_is_the_plain_mean_to_the_bit() -> None:
     losses = torch.rand(49, generator=torch.Generator().manual_seed(0)) * 1e-3
-    for weights in (None, torch.ones(49)):
-        batch = Batch(torch.arange(49), weights, 0)
-        assert torch.equal(batch.mean(losses), losses.mean()) and torch.equal(batch.weighted(losses), losses.mean())
+    batch = Batch(torch.arange(49), torch.ones(49), 0)
+    assert torch.equal(batch.mean(losses), losses.mean()) and torch.equal(batch.weighted(losses), losses.mean())
 
 
 # ---- losses that are not finite --------------------------------------------------------------------------------
@@ -171,39 +168,43 @@ def test_each_pass_and_the_end_have_a_line_on_the_main_process(caplog: pytest.Lo
     )
 
 
+#: Passes that are walked, and whether the script then stops; each in a process of its own, forked before it begins.
 SCRIPT = """
+import os
 import sys
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from infobatch_mm.diffusion import AcceleratedInfoBatch
 
-passes = int(sys.argv[1])
+for number, (passes, stops) in enumerate([(3, False), (20, False), (3, True), (0, False)]):
+    if os.fork() == 0:
+        os.dup2(os.open(f"{sys.argv[1]}/told.{number}", os.O_WRONLY | os.O_CREAT), 2)
+        break
+    os.wait()
+else:
+    sys.exit()
 loader = DataLoader(torch.arange(32.0), 4, shuffle=True)
 infobatch = AcceleratedInfoBatch(Accelerator(cpu=True), loader, 20)
 loader = infobatch.prepare(loader)
 for _ in range(passes):
     for x in loader:
         infobatch.weigh(x)
-if len(sys.argv) > 2:
+if stops:
     raise RuntimeError("stopped")
 """
 
 
-def script(folder: Path, *arguments: str) -> str:
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(folder / "script.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False).stderr
-
-
 def test_a_script_that_ends_before_its_training_is_told_so_at_its_end(tmp_path: Path) -> None:
-    told = script(tmp_path, "3").strip().splitlines()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launched([], tmp_path / "script.py", tmp_path)
+    early, *others = ((tmp_path / f"told.{number}").read_text() for number in range(4))
+    told = early.strip().splitlines()
     assert [line[:26] for line in told[-4:-1]] == [f"InfoBatch pass {n} of 20 done"[:26] for n in (1, 2, 3)]
     assert "the script ended after 3 of 20 passes" in told[-1] and "num_epochs=3, or max_train_steps" in told[-1]
-    assert "the script ended" not in script(tmp_path, "20")
-    assert "the script ended" not in script(tmp_path, "3", "stopped")  # the error says why
-    assert "the script ended" not in script(tmp_path, "0")
+    whole, stopped, nothing = others
+    assert "pass 20 of 20 done" in whole and "RuntimeError: stopped" in stopped  # the error says why
+    assert not any("the script ended" in each for each in (whole, stopped, nothing))
 
 
 def test_nothing_is_kept_alive_by_the_wait_for_its_end() -> None:

@@ -1,12 +1,16 @@
 """What ``test_accelerated_distributed`` has its processes do, all in one launch; each writes down what it saw.
 
-Nothing is judged here.
+    accelerate launch two_processes.py FOLDER [--all]
+
+Nothing is judged here. Without ``--all`` fewer sizes, schedules and checkpoints are gone through.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.algorithms.join import Join
 from torch.utils.data import DataLoader
 
@@ -35,6 +40,20 @@ CUTS: dict[str, dict[str, Any]] = {
     "drop_last, dispatched": {"batch_size": 2, "drop_last": True, "dispatch": True},
 }
 SIZES = [9, 10, 11, 12]
+#: What the default suite looks at: tails of every length in some cut, one of them in random order for every cut.
+FEW_SHARES = [
+    *(("default", samples, False) for samples in SIZES),
+    *(("split", samples, False) for samples in (9, 10)),
+    *(("dispatched", samples, False) for samples in (9, 10, 11)),
+    *(("uneven", samples, False) for samples in (9, 10, 11)),
+    ("dispatched, split", 11, False),
+    *(("uneven, split", samples, False) for samples in (10, 11)),
+    ("drop_last", 11, False),
+    ("drop_last, split", 10, False),
+    ("drop_last, dispatched", 9, False),
+    *((name, 11, True) for name in CUTS),
+]
+FEW_SCHEDULERS = ["cosine", "piecewise_constant", "OneCycleLR"]
 PASSES = 4  # the last one is full again
 #: Trainings that are to be those of one process with batches of 4; without a tail, which accelerate would fill up.
 TRAININGS = {
@@ -53,6 +72,7 @@ STEPS = 7
 POLICIES = (None, "none", "infobatch")
 RESUMED = Setup(samples=46, batch_size=2, noise=True, item_seed=True)
 SAVED_AT = [1, 6, 12, 13, 15, 20, 21, 22, 40]
+FEW_SAVED_AT = [6, 12, 21]  # in a full pass, at its end, in a pruned one
 LEFT_AT = 21
 
 
@@ -146,12 +166,12 @@ def joined() -> dict[str, Any]:
     return {"steps": steps, "books": run.infobatch.summary()["per_pass"], "lr": run.scheduler.get_last_lr()}
 
 
-def resumed(folder: Path) -> dict[str, Any]:
+def resumed(folder: Path, saved_at: list[int]) -> dict[str, Any]:
     """A straight run, and the same resumed from checkpoints on its way."""
     straight = Run(RESUMED)
-    straight.train(lambda step: straight.save(folder / str(step)) if step in SAVED_AT else None)
+    straight.train(lambda step: straight.save(folder / str(step)) if step in saved_at else None)
     result: dict[str, Any] = {"straight": (straight.journal, straight.parameters), "resumed": {}}
-    for step in SAVED_AT:
+    for step in saved_at:
         run = Run(RESUMED).load(folder / str(step)).train()
         result["resumed"][step] = (run.journal, run.parameters)
     return result
@@ -168,6 +188,40 @@ def unmerged(folder: Path) -> dict[str, Any]:
         warnings.simplefilter("always")
         other.load(folder)
     return {"saved": [str(each.message) for each in told], "loaded": [str(each.message) for each in told_again]}
+
+
+def not_on_the_cpu() -> str:
+    """What is told where accelerate finds no device and was not asked for the CPU: each process is alone then."""
+    try:
+        AcceleratedInfoBatch(Accelerator(), DataLoader(torch.arange(32.0), 4), 8)
+        return ""
+    except ValueError as error:
+        return str(error)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def merged_alone(accelerator: Accelerator, folder: Path) -> tuple[str, float]:
+    """A merge on the main process alone, and the seconds that it waits; a wait of its own is left behind."""
+    loader = DataLoader(torch.arange(32.0), 4, shuffle=True)
+    infobatch = AcceleratedInfoBatch(accelerator, loader, 8)
+    told, begun = "", time.monotonic()
+    for step, x in enumerate(infobatch.prepare(loader)):
+        infobatch.weigh(x)
+        if step == 1:
+            infobatch.merge()
+            break
+    if accelerator.is_main_process:
+        begun = time.monotonic()
+        try:
+            infobatch.merge(timeout_s=2)
+        except ValueError as error:
+            told = str(error)
+        (folder / "merged alone").touch()
+    while not (folder / "merged alone").exists():  # not in a collective, which would be the one that it waits for
+        time.sleep(0.05)
+    return told, time.monotonic() - begun
 
 
 def refusals() -> dict[str, str]:
@@ -212,16 +266,9 @@ def in_steps(cut: dict[str, Any], policy: str | None) -> dict[str, Any]:
     return {"journal": run.journal, "books": books, "lr": run.scheduler.get_last_lr()}
 
 
-def everything(folder: Path) -> Iterator[tuple[str, Any]]:
-    yield (
-        "shares",
-        {
-            f"{name} {samples} {shuffle}": shares(folder, name, samples, shuffle)
-            for name in CUTS
-            for samples in SIZES
-            for shuffle in (False, True)
-        },
-    )
+def everything(folder: Path, all_of_it: bool) -> Iterator[tuple[str, Any]]:
+    looked_at = list(itertools.product(CUTS, SIZES, (False, True))) if all_of_it else FEW_SHARES
+    yield "shares", {" ".join(map(str, each)): shares(folder, *each) for each in looked_at}
     yield "trainings", {name: training(setup) for name, setup in TRAININGS.items()}
     yield (
         "rates",
@@ -230,7 +277,7 @@ def everything(folder: Path) -> Iterator[tuple[str, Any]]:
                 rates({"policy": policy, "scheduler": kind, "accumulate": accumulate, **cut})
                 for policy in (None, "infobatch")
             ]
-            for kind in SCHEDULERS
+            for kind in (SCHEDULERS if all_of_it else FEW_SCHEDULERS)
             for accumulate in (1, 4)
             for name, cut in (("default", {"batch_size": 4}), ("split", {"batch_size": 8, "split": True}))
         },
@@ -243,14 +290,16 @@ def everything(folder: Path) -> Iterator[tuple[str, Any]]:
     yield "none", [[run.journal, run.parameters] for run in runs]
     yield "in steps", {f"{name} {policy}": in_steps(CUTS[name], policy) for name in CUTS for policy in POLICIES}
     yield "joined", joined()
-    yield "resumed", resumed(folder)
+    yield "resumed", resumed(folder, SAVED_AT if all_of_it else FEW_SAVED_AT)
     yield "unmerged", unmerged(folder / "unmerged")
     yield "refusals", refusals()
     yield "updates", updates(Setup(accumulate=3))
 
 
 if __name__ == "__main__":
+    told = not_on_the_cpu()
     folder, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
-    seen = dict(everything(folder))
+    seen = {**dict(everything(folder, "--all" in sys.argv)), "not on the CPU": told}
+    seen["merged alone"] = merged_alone(Accelerator(cpu=True), folder)
     (folder / f"seen.{accelerator.process_index}.json").write_text(json.dumps(seen))
     accelerator.end_training()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,9 +85,10 @@ class ShardedModel(torch.nn.Module):
 class Case:
     """What a row has at hand to do wrong."""
 
-    def __init__(self, scenes: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, scenes: Path, folder: Path, killed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.scenes = scenes
         self.folder = folder
+        self.killed = killed
         self.monkeypatch = monkeypatch
 
     def train(self, spoil: Callable[[Config], None] = lambda cfg: None, **overrides: Any) -> None:
@@ -112,12 +115,11 @@ class Case:
             torch.save(checkpoint, path)
         self.train(resume=True, **overrides)
 
-    def trained(self, interval: int = 8) -> None:
-        """A run that was killed after iteration 17, with checkpoints at 8 and 16."""
-        cfg = config(self.scenes, self.folder)
-        cfg.default_hooks.checkpoint.interval = interval
-        with pytest.raises(Killed):
-            train(cfg, KillAt(17))
+    def trained(self) -> None:
+        """A copy of the run that was killed after iteration 17, with checkpoints at 8 and 16."""
+        shutil.copytree(self.killed, self.folder, dirs_exist_ok=True)
+        pointer = self.folder / "last_checkpoint"
+        pointer.write_text(str(self.folder / Path(pointer.read_text()).name))
 
     def as_rank_of(self, world: int) -> None:
         """Seem to be the first of several processes, the others of which say seed 1."""
@@ -218,11 +220,9 @@ def differing_processes(case: Case) -> None:
 
 def other_work_dir(case: Case) -> None:
     case.trained()
-    other = case.folder / "other"
-    theirs = config(case.scenes, other, custom_hooks=by_ratio(0.3))
-    theirs.default_hooks.checkpoint.interval = 8
-    with pytest.raises(Killed):
-        train(theirs, KillAt(9))
+    other = Path(shutil.copytree(case.killed, case.folder / "other"))
+    summary = json.loads((other / "infobatch_summary.json").read_text())
+    (other / "infobatch_summary.json").write_text(json.dumps({**summary, "prune_ratio": 0.3}))
     case.train(resume=True, load_from=str(case.folder / "iter_16.pth"), folder=other)
 
 
@@ -266,8 +266,9 @@ def named_but_missing(case: Case) -> None:
 
 
 def latest_cut(case: Case) -> None:
-    case.trained(interval=16)
+    case.trained()
     cut(case.folder / "iter_16.pth")
+    (case.folder / "iter_8.pth").unlink()
     case.train(resume=True)
 
 
@@ -451,17 +452,27 @@ CASES: dict[str, Callable[[Case], Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def killed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after iteration 17, with checkpoints at 8 and 16."""
+    cfg = config(scenes, tmp_path_factory.mktemp("killed"))
+    cfg.default_hooks.checkpoint.interval = 8
+    with pytest.raises(Killed):
+        train(cfg, KillAt(17))
+    return Path(cfg.work_dir)
+
+
 def test_every_row_of_the_table_is_run() -> None:
     assert [entry for entry, _ in ROWS] == list(CASES)
 
 
 @pytest.mark.parametrize(("entry", "message"), ROWS, ids=[entry for entry, _ in ROWS])
 def test_bad_input_is_refused_with_the_documented_message(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
+    scenes: Path, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: str, message: str
 ) -> None:
     pattern = ".*".join(map(re.escape, message.split("...")))
     with pytest.raises(ValueError, match=pattern):
-        CASES[entry](Case(scenes, tmp_path, monkeypatch))
+        CASES[entry](Case(scenes, tmp_path, killed, monkeypatch))
 
 
 @pytest.mark.parametrize(

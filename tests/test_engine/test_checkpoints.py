@@ -16,10 +16,9 @@ from mmengine.evaluator import BaseMetric
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import Runner
 
 from infobatch_mm.engine.checkpoints import is_whole
-from infobatch_mm.engine.takeover import check_runner
 
 from .test_resume import KillAt, Killed
 from .toy import EPOCHS, ONE_LINE, Recorder, config, train
@@ -39,14 +38,14 @@ def books(folder: Path) -> dict[str, Any]:
     return {**json.loads(Path(folder, "infobatch_summary.json").read_text()), "wall_time_s": 0}
 
 
-@pytest.mark.parametrize("by_epoch", [False, True])
-@pytest.mark.parametrize("loop", ["iter", "epoch"])
+@pytest.mark.parametrize(
+    ("loop", "by_epoch"),
+    [("iter", False), pytest.param("epoch", False, marks=pytest.mark.slow), ("epoch", True)],
+)
 def test_resume_beside_save_best_and_max_keep_ckpts_is_exact(
     scenes: Path, tmp_path: Path, loop: str, by_epoch: bool
 ) -> None:
     """The host writes its checkpoint again within a validation, when the score was the best so far."""
-    if loop == "iter" and by_epoch:
-        pytest.skip("the host makes no checkpoint by epochs in an iteration loop")
     checkpoint = dict(
         type="CheckpointHook", by_epoch=by_epoch, interval=1 if by_epoch else 5, max_keep_ckpts=1, save_best="mIoU"
     )
@@ -174,7 +173,7 @@ def test_resuming_a_best_checkpoint_says_what_it_lacks(scenes: Path, tmp_path: P
 # ---- the same run in other batches, or in another schedule ---------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (4, 3)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(4, 2, marks=pytest.mark.slow), (2, 4), (4, 3)])
 def test_another_batch_size_keeps_scores_and_progress_of_an_iteration_loop(
     scenes: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -202,7 +201,10 @@ def test_another_batch_size_keeps_scores_and_progress_of_an_iteration_loop(
 
 
 @pytest.mark.parametrize("policy", ["infobatch", "none"])
-@pytest.mark.parametrize(("first", "second", "third"), [(4, 2, 4), (2, 4, 2), (4, 2, 2)])
+@pytest.mark.parametrize(
+    ("first", "second", "third"),
+    [(4, 2, 4), pytest.param(2, 4, 2, marks=pytest.mark.slow), pytest.param(4, 2, 2, marks=pytest.mark.slow)],
+)
 def test_batch_sizes_may_change_again_and_again(
     scenes: Path, tmp_path: Path, first: int, second: int, third: int, policy: str
 ) -> None:
@@ -221,8 +223,15 @@ def test_batch_sizes_may_change_again_and_again(
     assert [entry["pass"] for entry in summary["per_pass"]] == sorted({entry["pass"] for entry in summary["per_pass"]})
 
 
-@pytest.mark.parametrize("per_iteration", [False, True])
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("before", "after", "per_iteration"),
+    [
+        (4, 2, True),
+        (2, 4, False),
+        pytest.param(4, 2, False, marks=pytest.mark.slow),
+        pytest.param(2, 4, True, marks=pytest.mark.slow),
+    ],
+)
 def test_another_batch_size_keeps_scores_and_progress_of_an_epoch_loop(
     scenes: Path, tmp_path: Path, before: int, after: int, per_iteration: bool
 ) -> None:
@@ -277,7 +286,7 @@ class Look(Hook):
             self.scores = hook._pruner.store.values.clone()
 
 
-@pytest.mark.parametrize("max_iters", [24, 44])
+@pytest.mark.parametrize("max_iters", [24, pytest.param(44, marks=pytest.mark.slow)])
 def test_a_longer_or_shorter_schedule_goes_on_where_it_was(scenes: Path, tmp_path: Path, max_iters: int) -> None:
     cfg = config(scenes, tmp_path)
     cfg.default_hooks.checkpoint.interval = 5
@@ -293,7 +302,7 @@ def test_a_longer_or_shorter_schedule_goes_on_where_it_was(scenes: Path, tmp_pat
     assert books(tmp_path)["passes_total"] == pytest.approx(max_iters * 4 / 22)
 
 
-@pytest.mark.parametrize("max_iters", [23, 24, 26])
+@pytest.mark.parametrize("max_iters", [23, *(pytest.param(each, marks=pytest.mark.slow) for each in (24, 26))])
 def test_a_finished_run_goes_on_in_a_longer_schedule(scenes: Path, tmp_path: Path, max_iters: int) -> None:
     """Its last pass was a part of one; what was left out of it comes now."""
 
@@ -322,7 +331,7 @@ def test_another_seed_on_resume_is_not_used_and_said_so(scenes: Path, tmp_path: 
     assert books(tmp_path)["seed"] == 3
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_rates_of_a_run_without_the_hook_go_on_with_another_batch_size(
     scenes: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -344,35 +353,11 @@ def test_rates_of_a_run_without_the_hook_go_on_with_another_batch_size(
     assert rates == pytest.approx([0.1 * 2 / 6, 0.1 / 6, 1e-4], rel=0.15, abs=0.004)
 
 
-def test_a_checkpoint_of_the_other_kind_of_loop_is_refused(scenes: Path, tmp_path: Path) -> None:
-    cfg = config(scenes, tmp_path)
-    cfg.default_hooks.checkpoint.interval = 5
-    train(cfg)
-    with pytest.raises(ValueError, match="trained by iterations, this run trains by epochs"):
-        train(config(scenes, tmp_path, resume=True, **EPOCHS))
-
-
 # ---- damaged ------------------------------------------------------------------------------------------
-
-
-def _nan_score(state: dict[str, Any]) -> None:
-    state["pruner"]["scores"][3] = float("nan")
 
 
 def _repeated_visit(state: dict[str, Any]) -> None:
     state["pruner"]["plan"]["indices"][0] = state["pruner"]["plan"]["indices"][1]
-
-
-def _weightless_visit(state: dict[str, Any]) -> None:
-    state["pruner"]["plan"]["weights"][0] = 0
-
-
-def _short_scores(state: dict[str, Any]) -> None:
-    state["pruner"]["scores"] = state["pruner"]["scores"][:-1]
-
-
-def _backwards(state: dict[str, Any]) -> None:
-    state["pruner"]["visited"] = -4
 
 
 def _no_generators(state: dict[str, Any]) -> None:
@@ -387,30 +372,33 @@ def _no_pruner(state: dict[str, Any]) -> None:
     state["pruner"] = None
 
 
+@pytest.fixture(scope="module")
+def finished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the midst of a pass."""
+    cfg = config(scenes, tmp_path_factory.mktemp("finished"), **{"train_cfg.max_iters": 12})
+    cfg.default_hooks.checkpoint.interval = 8
+    runner, _ = train(cfg)
+    return Path(runner.work_dir, "iter_8.pth")
+
+
 @pytest.mark.parametrize(
     ("damage", "where"),
     [
-        (_nan_score, "scores"),
         (_repeated_visit, "plan"),
-        (_weightless_visit, "plan"),
-        (_short_scores, "scores"),
-        (_backwards, "visited"),
         (_no_generators, "rng"),
         (_no_pruner, "pruner"),
         (_no_gradients, "gradients"),
     ],
 )
 def test_a_damaged_state_is_refused_by_name(
-    scenes: Path, tmp_path: Path, damage: Callable[[dict[str, Any]], None], where: str
+    scenes: Path, finished: Path, tmp_path: Path, damage: Callable[[dict[str, Any]], None], where: str
 ) -> None:
-    cfg = config(scenes, tmp_path, **{"train_cfg.max_iters": 12})
-    cfg.default_hooks.checkpoint.interval = 8
-    train(cfg)
-    path = Path((tmp_path / "last_checkpoint").read_text())
-    checkpoint = torch.load(path, weights_only=False)
+    """The hook's own entries, and one of the pruner's, whose others are core's."""
+    checkpoint = torch.load(finished, weights_only=False)
     damage(checkpoint["infobatch"])
-    torch.save(checkpoint, path)
-    runner = Runner.from_cfg(config(scenes, tmp_path, resume=True, **{"train_cfg.max_iters": 12}))
+    torch.save(checkpoint, tmp_path / "damaged.pth")
+    more = {"train_cfg.max_iters": 12, "load_from": str(tmp_path / "damaged.pth")}
+    runner = Runner.from_cfg(config(scenes, tmp_path, resume=True, **more))
     with pytest.raises(ValueError, match=f"cannot resume: .*damaged at '{where}'"):
         runner.train()
 
@@ -429,31 +417,10 @@ def test_a_file_cut_short_is_not_whole(tmp_path: Path, size: int) -> None:
     assert is_whole(path)
 
 
-# ---- what the hook cannot follow ----------------------------------------------------------------------
-
-
-def test_flexible_runner_is_refused_with_its_strategy(scenes: Path, tmp_path: Path) -> None:
-    cfg = config(scenes, tmp_path)
-    cfg.strategy = dict(type="SingleDeviceStrategy")
-    runner = FlexibleRunner.from_cfg(cfg)
-    with pytest.raises(ValueError, match="FlexibleRunner with SingleDeviceStrategy"):
-        runner.train()
-
-
-def test_a_sharded_model_is_refused_by_its_wrapper(scenes: Path, tmp_path: Path) -> None:
-    class ShardedModel(torch.nn.Module):
-        pass
-
-    runner = Runner.from_cfg(config(scenes, tmp_path))
-    runner._world_size, runner.model = 2, ShardedModel()
-    with pytest.raises(ValueError, match="wrapper ShardedModel"):
-        check_runner(runner)
-
-
 # ---- seeds of items -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loop", ["iter", "epoch"])
+@pytest.mark.parametrize("loop", ["iter", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_item_seed_repeats_augmentations_with_any_number_of_workers(scenes: Path, tmp_path: Path, loop: str) -> None:
     hooks = [{**ONE_LINE[0], "item_seed": True}]
     seen = {}
@@ -464,12 +431,6 @@ def test_item_seed_repeats_augmentations_with_any_number_of_workers(scenes: Path
         _, recorder = train(config(scenes, tmp_path / name, custom_hooks=hooks, **overrides))
         seen[name] = (recorder.indices, recorder.pixels, recorder.losses)
     assert seen["0False"] == seen["2False"] == seen["2True"]
-
-
-def test_policy_none_refuses_item_seed(scenes: Path, tmp_path: Path) -> None:
-    hooks = [dict(type="InfoBatchHook", policy="none", item_seed=True)]
-    with pytest.raises(ValueError, match="item_seed"):
-        train(config(scenes, tmp_path, custom_hooks=hooks))
 
 
 def test_a_work_dir_that_cannot_be_read_is_refused_on_every_process(

@@ -41,7 +41,7 @@ def test_without_shuffle_an_iteration_loop_leaves_out_a_random_remainder(scenes:
     assert scores_of(runner)["times_seen"].min() > 0
 
 
-@pytest.mark.parametrize("val_begin", [1, 30])
+@pytest.mark.parametrize("val_begin", [pytest.param(1, marks=pytest.mark.slow), 30])
 def test_the_last_iteration_is_validated_wherever_validation_begins(
     scenes: Path, tmp_path: Path, val_begin: int
 ) -> None:
@@ -126,7 +126,7 @@ def test_the_size_of_a_batch_is_found_where_there_is_one() -> None:
         global_batch(bare, DataLoader(order, batch_sampler=Grouped(order)))
 
 
-@pytest.mark.parametrize("policy", ["infobatch", "none"])
+@pytest.mark.parametrize("policy", ["infobatch", pytest.param("none", marks=pytest.mark.slow)])
 def test_the_default_dtype_of_a_script_is_not_ours(scenes: Path, tmp_path: Path, policy: str) -> None:
     """Scores, weights and the state are float32, whatever the model's own default is."""
 
@@ -249,8 +249,13 @@ def test_resuming_a_runner_by_hand(scenes: Path, tmp_path: Path) -> None:
     assert (summary["passes_done"], summary["iterations"]) == (6, runner.iter)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8])
-@pytest.mark.parametrize("loop", ["iter", "epoch"])
+@pytest.mark.parametrize(
+    ("loop", "batch_size"),
+    [
+        ("iter", 8),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("iter", 2), ("epoch", 2), ("epoch", 8))),
+    ],
+)
 def test_resuming_with_another_batch_size_keeps_scores_and_progress(
     scenes: Path, tmp_path: Path, loop: str, batch_size: int
 ) -> None:

@@ -33,8 +33,15 @@ def log_of(runner: Runner) -> list[str]:
 # ---- one line for each pass and one at the end ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["infobatch", "none"])
-@pytest.mark.parametrize("loop", ["iterations", "epochs"])
+@pytest.mark.parametrize(
+    ("loop", "policy"),
+    [
+        ("iterations", "infobatch"),
+        ("epochs", "none"),
+        pytest.param("iterations", "none", marks=pytest.mark.slow),
+        pytest.param("epochs", "infobatch", marks=pytest.mark.slow),
+    ],
+)
 def test_a_line_for_each_pass_and_one_at_the_end(scenes: Path, tmp_path: Path, loop: str, policy: str) -> None:
     overrides = dict(EPOCHS) if loop == "epochs" else {}
     hooks = [dict(ONE_LINE[0], policy=policy)]
@@ -126,7 +133,9 @@ def blanked(root: Path, numbers: list[int]) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("blank", "is_warned"), [(16, True), (2, True), (1, False)])
+@pytest.mark.parametrize(
+    ("blank", "is_warned"), [pytest.param(16, True, marks=pytest.mark.slow), (2, True), (1, False)]
+)
 def test_samples_that_are_never_pruned_are_said_once_as_a_warning(tmp_path: Path, blank: int, is_warned: bool) -> None:
     root = blanked(draw_dataset(tmp_path / "scenes", num_train=20, num_val=2, size=32), list(range(blank)))
     hooks = dict(custom_hooks=[dict(ONE_LINE[0], score_ema=0.0)], log_level="INFO")

@@ -456,10 +456,10 @@ def two_cut_short(folder: Path) -> None:
     ("damage", "start"),
     [
         (empty_pointer, 9),
-        (pointer_to_a_missing_file, 9),
+        pytest.param(pointer_to_a_missing_file, 9, marks=pytest.mark.slow),
         (newest_cut_short, 6),
-        (newest_without_its_last_byte, 6),
-        (newest_empty, 6),
+        pytest.param(newest_without_its_last_byte, 6, marks=pytest.mark.slow),
+        pytest.param(newest_empty, 6, marks=pytest.mark.slow),
         (two_cut_short, 3),
     ],
 )
@@ -545,7 +545,7 @@ def with_marker(rank: int, runner: Any, *, marker: Path, iteration: int) -> None
 @pytest.mark.parametrize(
     "setting",
     [
-        Setting(workers=2),
+        pytest.param(Setting(workers=2), marks=pytest.mark.slow),
         pytest.param(Setting(workers=2, persistent=True, epochs=True), marks=pytest.mark.slow),
         pytest.param(Setting(workers=2, ranks=2), marks=pytest.mark.slow),
     ],
@@ -649,11 +649,11 @@ def inf_loss(scenes: Path, cfg: Config) -> None:
 @pytest.mark.parametrize(
     ("spoil", "counter", "workers"),
     [
-        (break_image, "unusable_visits", 0),
+        pytest.param(break_image, "unusable_visits", 0, marks=pytest.mark.slow),
         (truncate_image, "unusable_visits", 2),
         (ignore_all_pixels, "unusable_visits", 0),
         (nan_loss, "nonfinite_losses", 0),
-        (inf_loss, "nonfinite_losses", 0),
+        pytest.param(inf_loss, "nonfinite_losses", 0, marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_sample_is_counted_and_neither_scored_nor_pruned(
@@ -687,7 +687,7 @@ def test_a_broken_sample_is_counted_and_neither_scored_nor_pruned(
     assert f"{len(passes)} visits so far" in log_of(runner)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_broken_image_that_the_host_does_not_ignore_ends_the_run_with_its_error(
     stage: Stage, tmp_path: Path, workers: int
 ) -> None:
@@ -726,7 +726,7 @@ def test_the_sample_that_stands_in_for_a_broken_one_repeats_after_a_kill(
     [
         ("infobatch_summary.json.tmp", "infobatch_summary.json"),
         ("infobatch_scores.tmp.parquet", "infobatch_scores.parquet"),
-        ("infobatch_scores.tmp.npz", "infobatch_scores.npz"),
+        pytest.param("infobatch_scores.tmp.npz", "infobatch_scores.npz", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_for_summary_or_scores_is_a_warning(
@@ -776,7 +776,7 @@ def test_a_full_disk_for_the_checkpoint_ends_the_run_and_leaves_the_one_before(s
 # ---- being asked to end ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 @pytest.mark.parametrize(
     "setting",
     [

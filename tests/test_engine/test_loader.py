@@ -63,7 +63,9 @@ def test_the_wrapped_data_set_survives_pickling() -> None:
     assert indexed.__getitems__([3, 4]) == [(3, False, 103), (4, True, 105)]
 
 
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "fork"), (1, "spawn")])
+@pytest.mark.parametrize(
+    ("workers", "context"), [(0, None), (2, "fork"), pytest.param(1, "spawn", marks=pytest.mark.slow)]
+)
 def test_batches_are_the_hosts_and_indices_stand_beside(workers: int, context: str | None) -> None:
     host = DataLoader(Numbers(broken=4), batch_size=4, num_workers=workers, multiprocessing_context=context)
     ours = IndexedLoader(host)

@@ -48,7 +48,7 @@ def test_policy_none_changes_nothing_beside_them(tmp_path: Path) -> None:
 # ---- averages of the model --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("priority", ["NORMAL", "LOW"])
+@pytest.mark.parametrize("priority", ["NORMAL", pytest.param("LOW", marks=pytest.mark.slow)])
 def test_ema_follows_the_trained_parameters(tmp_path: Path, priority: str) -> None:
     """It copies the model before our views are attached, and after."""
 
@@ -125,7 +125,9 @@ def test_precise_bn_sees_whole_passes_in_an_iteration_loop(tmp_path: Path) -> No
     assert min(variances.seen) > 0.8 * statistics.median(variances.seen)
 
 
-@pytest.mark.parametrize("loop", PRECISE)
+@pytest.mark.parametrize(
+    "loop", [next(iter(PRECISE)), *(pytest.param(each, marks=pytest.mark.slow) for each in list(PRECISE)[1:])]
+)
 def test_precise_bn_resumes_to_the_bit(tmp_path: Path, loop: str) -> None:
     overrides = ITERATIONS if loop == "iter" else {}
     assert_goes_on(tmp_path, 14, 12, custom_hooks=[PRECISE[loop], *ONE_LINE], **overrides)
@@ -164,7 +166,10 @@ def test_gradients_are_weighed_after_every_switch_of_the_recipe(tmp_path: Path) 
     assert not any(isinstance(value, LossView) for module in runner.model.modules() for value in vars(module).values())
 
 
-@pytest.mark.parametrize(("kill", "interval"), [(14, 12), (20, 19)], ids=["mixed", "after both"])
+@pytest.mark.parametrize(
+    ("kill", "interval"),
+    [pytest.param(14, 12, id="mixed"), pytest.param(20, 19, id="after both", marks=pytest.mark.slow)],
+)
 def test_a_switched_recipe_resumes_to_the_bit(tmp_path: Path, kill: int, interval: int) -> None:
     assert_goes_on(tmp_path, kill, interval, N, **switching())
 

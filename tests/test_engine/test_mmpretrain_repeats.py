@@ -104,7 +104,7 @@ def test_weighted_visits_of_every_sample_add_up_to_one() -> None:
         assert abs(of_part.mean() - 1) < 4.5 * of_part.std() / math.sqrt(trials) < 0.05
 
 
-@pytest.mark.parametrize("kill", [4, 13])
+@pytest.mark.parametrize("kill", [pytest.param(4, marks=pytest.mark.slow), 13])
 def test_a_resumed_run_goes_on_with_the_very_next_visit(tmp_path: Path, kill: int) -> None:
     """Between two visits of the same sample: the 32 of four batches are no multiple of three."""
 

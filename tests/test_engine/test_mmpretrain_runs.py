@@ -174,8 +174,12 @@ REPEATED = {"train_dataloader.sampler": dict(_delete_=True, type="RepeatAugSampl
 
 @pytest.mark.parametrize(
     ("mixing", "overrides"),
-    [(MIXING, {}), (SOMETIMES, {}), (MIXING, REPEATED), (MIXING, {"custom_hooks": RANDOM})],
-    ids=["always", "sometimes", "repeated", "random"],
+    [
+        pytest.param(MIXING, {}, id="always", marks=pytest.mark.slow),
+        pytest.param(SOMETIMES, {}, id="sometimes"),
+        pytest.param(MIXING, REPEATED, id="repeated"),
+        pytest.param(MIXING, {"custom_hooks": RANDOM}, id="random", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_mixed_images_are_weighed_by_their_pairs(tmp_path: Path, mixing: Any, overrides: Any) -> None:
     gradients = Gradients()

@@ -129,6 +129,8 @@ METHODS: dict[str, tuple[dict, dict, int, list]] = {
     "simmim": (SIMMIM, ONE_NORM, 32, [FLIP, SIMMIM_MASK]),
     "beit": (BEIT, TWO_NORMS, 20, [FLIP, TWO_PICTURES, BEIT_MASK]),
 }
+#: Methods of which the default suite makes whole comparisons: masks drawn in the model, and in the pipeline.
+SHORT = ("mae", "beit")
 ADAMW = dict(optimizer=dict(type="AdamW", lr=5e-3, betas=(0.9, 0.95), weight_decay=0.05))
 
 
@@ -163,7 +165,9 @@ def assert_equal_models(ours: Runner, theirs: Runner) -> None:
 # ---- what does not change ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(each, marks=[] if each in SHORT else pytest.mark.slow) for each in METHODS]
+)
 def test_policy_none_changes_nothing(tmp_path: Path, method: str) -> None:
     made: list[Any] = []
     for name, hooks in (("host", []), ("ours", [dict(type="InfoBatchHook", policy="none")])):
@@ -372,7 +376,9 @@ def test_the_shipped_schedules_were_found() -> None:
     assert {cfg.train_cfg.max_epochs for cfg in SCHEDULES.values()} == {300, 400, 800, 1600}
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if place < 2 else pytest.mark.slow) for place, name in enumerate(SCHEDULES)]
+)
 def test_rates_of_every_shipped_schedule_are_the_hosts(tmp_path: Path, name: str) -> None:
     overrides = scaled(SCHEDULES[name])
     # Half precision wants a GPU.
@@ -386,7 +392,10 @@ def test_rates_of_every_shipped_schedule_are_the_hosts(tmp_path: Path, name: str
 # ---- resuming ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "kill", "interval"), [("mae", 14, 12), ("mixmim", 20, 6), ("beit", 16, 15)])
+@pytest.mark.parametrize(
+    ("method", "kill", "interval"),
+    [("mae", 14, 12), pytest.param("mixmim", 20, 6, marks=pytest.mark.slow), ("beit", 16, 15)],
+)
 def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path: Path, method: str, kill: int, interval: int) -> None:
     """Masks are drawn in the model or, under seeds of their own, in the pipeline."""
 

@@ -35,19 +35,29 @@ def split_by_pass(runner: Runner, recorder: Recorder) -> list[list[list[int]]]:
     return passes
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_iteration_loop_walks_each_plan_once_in_full_batches(scenes: Path, tmp_path: Path, workers: int) -> None:
-    runner, recorder = train(
-        config(
-            scenes,
-            tmp_path,
-            **{
-                "train_dataloader.num_workers": workers,
-                "train_dataloader.persistent_workers": bool(workers),
-                "default_hooks.checkpoint.save_last": True,
-            },
-        )
-    )
+SAVING = {"default_hooks.checkpoint.save_last": True}
+
+
+@pytest.fixture(scope="module")
+def by_iteration(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, Recorder]:
+    return train(config(scenes, tmp_path_factory.mktemp("iterations"), **SAVING))
+
+
+@pytest.fixture(scope="module")
+def by_epoch(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runner, Recorder]:
+    return train(config(scenes, tmp_path_factory.mktemp("epochs"), **EPOCHS))
+
+
+def test_iteration_loop_walks_each_plan_once_in_full_batches(by_iteration: tuple[Runner, Recorder]) -> None:
+    check_iterations(*by_iteration)
+
+
+def test_workers_walk_each_plan_once_in_full_batches(scenes: Path, tmp_path: Path) -> None:
+    workers = {"train_dataloader.num_workers": 2, "train_dataloader.persistent_workers": True}
+    check_iterations(*train(config(scenes, tmp_path, **workers, **SAVING)))
+
+
+def check_iterations(runner: Runner, recorder: Recorder) -> None:
     assert isinstance(runner.train_loop, InfoBatchIterLoop)
     passes = split_by_pass(runner, recorder)
     assert len(passes) == 6
@@ -65,8 +75,8 @@ def test_iteration_loop_walks_each_plan_once_in_full_batches(scenes: Path, tmp_p
     assert "val/mIoU" in runner.message_hub.log_scalars
 
 
-def test_epoch_loop_runs_all_its_epochs(scenes: Path, tmp_path: Path) -> None:
-    runner, recorder = train(config(scenes, tmp_path, **EPOCHS))
+def test_epoch_loop_runs_all_its_epochs(by_epoch: tuple[Runner, Recorder]) -> None:
+    runner, recorder = by_epoch
     assert isinstance(runner.train_loop, InfoBatchEpochLoop)
     passes = split_by_pass(runner, recorder)
     assert runner.epoch == len(passes) == EPOCH_COUNT
@@ -80,8 +90,8 @@ def test_epoch_loop_runs_all_its_epochs(scenes: Path, tmp_path: Path) -> None:
     assert all(len(batch) == B for batches in pruned for batch in batches)
 
 
-def test_weights_are_the_inverse_inclusion_probability(scenes: Path, tmp_path: Path) -> None:
-    runner, recorder = train(config(scenes, tmp_path, **EPOCHS))
+def test_weights_are_the_inverse_inclusion_probability(by_epoch: tuple[Runner, Recorder]) -> None:
+    runner, recorder = by_epoch
     start = 0
     for batches in split_by_pass(runner, recorder):
         weights = sum(recorder.weights[start : start + len(batches)], [])
@@ -104,8 +114,8 @@ def test_score_is_the_main_heads_own_unweighted_loss(scenes: Path, tmp_path: Pat
     assert saved["score"].tolist() == pytest.approx([last_seen[i] for i in range(N)], rel=1e-5)
 
 
-def test_log_shows_the_hosts_unweighted_loss(scenes: Path, tmp_path: Path) -> None:
-    _, recorder = train(config(scenes, tmp_path, **EPOCHS))
+def test_log_shows_the_hosts_unweighted_loss(by_epoch: tuple[Runner, Recorder]) -> None:
+    _, recorder = by_epoch
     for losses in recorder.losses:
         assert losses["loss"] == pytest.approx(losses["decode.loss_ce"] + losses["aux.loss_ce"], rel=1e-6)
     # a weight of 2 would double it: the log stays in the range of the first, unweighted pass
@@ -113,8 +123,8 @@ def test_log_shows_the_hosts_unweighted_loss(scenes: Path, tmp_path: Path) -> No
     assert max(losses["loss"] for losses in recorder.losses[6:]) < 1.2 * first
 
 
-def test_summary_adds_up(scenes: Path, tmp_path: Path) -> None:
-    runner, recorder = train(config(scenes, tmp_path))
+def test_summary_adds_up(by_iteration: tuple[Runner, Recorder]) -> None:
+    runner, recorder = by_iteration
     summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
     visits = sum(map(len, recorder.indices))
     assert summary["policy"] == "infobatch"
@@ -139,8 +149,10 @@ def test_partial_last_pass_follows_the_unpruned_run(scenes: Path, tmp_path: Path
     assert runner.iter == runner.max_iters
 
 
-def test_written_out_config_meets_in_the_same_objects(scenes: Path, tmp_path: Path) -> None:
-    _, by_hook = train(config(scenes, tmp_path / "a"))
+def test_written_out_config_meets_in_the_same_objects(
+    by_iteration: tuple[Runner, Recorder], scenes: Path, tmp_path: Path
+) -> None:
+    _, by_hook = by_iteration
     ours = dict(_delete_=True, type="InfoBatchSampler", prune_ratio=0.5, delta=0.75)
     for name, sampler, hooks in (
         ("b", ours, []),
@@ -163,8 +175,8 @@ def test_written_out_config_meets_in_the_same_objects(scenes: Path, tmp_path: Pa
         assert runner.iter == runner.max_iters
 
 
-def test_one_seed_one_run(scenes: Path, tmp_path: Path) -> None:
-    _, first = train(config(scenes, tmp_path / "a"))
+def test_one_seed_one_run(by_iteration: tuple[Runner, Recorder], scenes: Path, tmp_path: Path) -> None:
+    _, first = by_iteration
     _, again = train(config(scenes, tmp_path / "b"))
     _, other = train(config(scenes, tmp_path / "c", **{"randomness.seed": 4}))
     assert first.indices == again.indices
@@ -216,7 +228,7 @@ def test_class_balanced_data_set(scenes: Path, tmp_path: Path) -> None:
         assert [sample_name(balanced, i) for i in indices] == batch
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_replaced_sample_is_not_recorded_under_the_wrong_index(scenes: Path, tmp_path: Path, workers: int) -> None:
     from mmseg.registry import TRANSFORMS
 
@@ -248,11 +260,11 @@ def test_workers_made_anew_for_a_pass_repeat_no_augmentation(scenes: Path, tmp_p
     assert len(set(flips)) > 1
 
 
-def test_restores_the_host_afterwards(scenes: Path, tmp_path: Path) -> None:
+def test_restores_the_host_afterwards(by_iteration: tuple[Runner, Recorder]) -> None:
     from mmengine.hooks import ParamSchedulerHook
     from mmseg.models.losses.cross_entropy_loss import cross_entropy
 
-    runner, _ = train(config(scenes, tmp_path))
+    runner, _ = by_iteration
     assert runner.model.decode_head.loss_decode.cls_criterion is cross_entropy
     assert runner.model.auxiliary_head.loss_decode.cls_criterion is cross_entropy
     for hook in runner.hooks:

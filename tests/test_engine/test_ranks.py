@@ -8,7 +8,6 @@ import os
 import runpy
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 
 pytest.importorskip("mmseg")
 
+from launching import launched, torchrun
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
@@ -88,7 +88,7 @@ def workers(ranks: int) -> dict[str, Any]:
     return {"train_dataloader.num_workers": 2 if ranks == 2 else 0}
 
 
-@pytest.fixture(scope="module", params=["iterations", "epochs"])
+@pytest.fixture(scope="module")
 def killed(request: Any, make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The loop, and the checkpoint of a run on two ranks that was killed later on in the same pass."""
     loop, work_dir = request.param, tmp_path_factory.mktemp("killed")
@@ -130,8 +130,10 @@ def summary(run: Run) -> dict[str, Any]:
 # ---- the same training on any number of ranks -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("loop", ["iterations", "epochs"])
+@pytest.mark.parametrize(
+    ("loop", "ranks"),
+    [("iterations", 2), ("epochs", 2), ("iterations", 4), pytest.param("epochs", 4, marks=pytest.mark.slow)],
+)
 def test_ranks_together_train_as_one(straight: Callable[[str, int], Run], loop: str, ranks: int) -> None:
     one, many = straight(loop, 1), straight(loop, ranks)
     alone = one.journal()
@@ -191,7 +193,9 @@ def note_losses(rank: int, runner: Any) -> None:
     runner.register_hook(Losses(Path(runner.work_dir, f"losses.{rank}")))
 
 
-@pytest.mark.parametrize(("loop", "num_workers"), [("iterations", 0), ("epochs", 2)])
+@pytest.mark.parametrize(
+    ("loop", "num_workers"), [pytest.param("iterations", 0, marks=pytest.mark.slow), ("epochs", 2)]
+)
 def test_policy_none_is_the_host_to_the_bit(scenes: Path, tmp_path: Path, loop: str, num_workers: int) -> None:
     def run(name: str, hooks: list[dict[str, Any]]) -> Run:
         # Buffers and dropout of the toy as it is: nothing here compares different numbers of ranks.
@@ -233,7 +237,16 @@ def test_policy_none_ends_its_passes_together_where_tails_differ(make_config: Ma
 # ---- killed, and resumed on another number of ranks -------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", [4, 1])
+@pytest.mark.parametrize(
+    ("killed", "ranks"),
+    [
+        ("iterations", 1),
+        ("epochs", 4),
+        pytest.param("iterations", 4, marks=pytest.mark.slow),
+        pytest.param("epochs", 1, marks=pytest.mark.slow),
+    ],
+    indirect=["killed"],
+)
 def test_resumed_on_other_ranks_visits_the_rest_of_the_plan(
     killed: tuple[str, Path],
     straight: Callable[[str, int], Run],
@@ -265,6 +278,7 @@ def test_resumed_on_other_ranks_visits_the_rest_of_the_plan(
     assert apart <= TOLERANCE
 
 
+@pytest.mark.parametrize("killed", ["iterations", pytest.param("epochs", marks=pytest.mark.slow)], indirect=True)
 def test_resumed_with_half_the_global_batch_goes_on(
     killed: tuple[str, Path], straight: Callable[[str, int], Run], make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -321,7 +335,7 @@ def tool(variables: dict[str, str], arguments: list[str], output: str) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.mark.parametrize("launcher", ["mpi", "slurm"])
+@pytest.mark.parametrize("launcher", ["mpi", pytest.param("slurm", marks=pytest.mark.slow)])
 def test_train_runs_on_two_processes_of_a_cluster(
     straight: Callable[[str, int], Run], make_config: MakeConfig, tmp_path: Path, launcher: str
 ) -> None:
@@ -339,24 +353,12 @@ def test_train_runs_on_two_processes_of_a_cluster(
     assert_equal_parameters(final_state(tmp_path / "run"), final_state(straight("iterations", 2).work_dir))
 
 
+@pytest.mark.slow
 def test_train_runs_under_torchrun(
     straight: Callable[[str, int], Run], make_config: MakeConfig, tmp_path: Path
 ) -> None:
     make_config(tmp_path / "run", "iterations", 2, **workers(2)).dump(tmp_path / "config.py")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun, str(ROOT / "tools/train.py"), str(tmp_path / "config.py"), "--launcher", "pytorch"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output = process.communicate(timeout=200)[0]
-    finally:
-        process.terminate()  # torchrun passes it on to its own
-    assert process.returncode == 0, output[-3000:]
+    launched(torchrun(), ROOT / "tools/train.py", tmp_path / "config.py", "--launcher", "pytorch", cwd=tmp_path)
     assert_equal_parameters(final_state(tmp_path / "run"), final_state(straight("iterations", 2).work_dir))
 
 
@@ -376,7 +378,9 @@ def with_own_seed(rank: int, runner: Any) -> None:
     next(hook for hook in runner.hooks if type(hook).__name__ == "InfoBatchHook")._seed = 40 + rank
 
 
-@pytest.mark.parametrize("what", ["fingerprint", "num_samples", "seed"])
+@pytest.mark.parametrize(
+    "what", ["fingerprint", *(pytest.param(each, marks=pytest.mark.slow) for each in ("num_samples", "seed"))]
+)
 def test_ranks_that_disagree_are_all_refused(make_config: MakeConfig, tmp_path: Path, what: str) -> None:
     prepare: Any = {"num_samples": with_fewer_samples, "seed": with_own_seed}.get(what)
     if what == "fingerprint":

@@ -130,8 +130,15 @@ def drawing(folder: Path, method: str = "mae", hooks: Any = ONE_LINE, **drawn: A
     return train(config(folder, method, custom_hooks=custom_hooks, visualizer=visualizer))
 
 
-@pytest.mark.parametrize("method", ["mae", "simmim"])
-@pytest.mark.parametrize("hooks", [[], ONE_LINE], ids=["host", "pruned"])
+@pytest.mark.parametrize(
+    ("method", "hooks"),
+    [
+        pytest.param("mae", ONE_LINE, id="pruned-mae"),
+        pytest.param("simmim", [], id="host-simmim"),
+        pytest.param("mae", [], id="host-mae", marks=pytest.mark.slow),
+        pytest.param("simmim", ONE_LINE, id="pruned-simmim", marks=pytest.mark.slow),
+    ],
+)
 def test_training_goes_on_as_if_nothing_had_been_drawn(tmp_path: Path, method: str, hooks: list) -> None:
     without, _ = drawing(tmp_path / "without", method, hooks, draw=False)
     runner, _ = drawing(tmp_path / "with", method, hooks)

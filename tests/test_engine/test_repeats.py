@@ -163,7 +163,7 @@ def log_of(runner: Runner) -> str:
     return next(Path(runner.log_dir).glob("*.log")).read_text()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_small_data_set_repeated_for_ever_is_pruned_image_by_image(
     twenty: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -194,7 +194,7 @@ def test_written_out_in_the_config_it_is_the_same_run(twenty: Path, tmp_path: Pa
     assert books(tmp_path / "b")["num_samples"] == NUM
 
 
-@pytest.mark.parametrize(("kill", "interval"), [(9, 8), (21, 7)])
+@pytest.mark.parametrize(("kill", "interval"), [pytest.param(9, 8, marks=pytest.mark.slow), (21, 7)])
 def test_a_killed_run_on_repeats_goes_on_exactly(twenty: Path, tmp_path: Path, kill: int, interval: int) -> None:
     def run(root: Path, work_dir: Path, **overrides: Any) -> Recorder:
         return train(repeated(config(root, work_dir, **overrides)))[1]
@@ -269,6 +269,7 @@ INIT = (
 )
 
 
+@pytest.mark.slow
 def test_thousands_of_passes_are_logged_in_a_few_hundred_lines(twenty: Path, tmp_path: Path) -> None:
     few = {
         "train_dataloader.batch_size": 20,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ pytest.importorskip("mmseg")
 
 from mmengine.hooks import Hook
 
-from .toy import EPOCHS, ONE_LINE, PIPELINE, Recorder, config, train
+from .toy import EPOCHS, PIPELINE, Recorder, config, train
 
 
 class Killed(Exception):
@@ -42,17 +45,48 @@ def killed_and_resumed(scenes: Path, work_dir: Path, kill: int, interval: int, *
     return train(cfg)[1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("loop", ["iter", "epoch"])
-@pytest.mark.parametrize(("kill", "interval"), [(9, 8), (17, 5), (12, 6)])
-def test_resumed_run_visits_the_same_samples(
-    scenes: Path, tmp_path: Path, loop: str, kill: int, interval: int, workers: int
-) -> None:
+def how(loop: str, workers: int) -> dict[str, Any]:
     overrides = dict(EPOCHS) if loop == "epoch" else {}
     overrides["train_dataloader.num_workers"] = workers
     if workers:  # workers begin their augmentation draws anew: without any, even the later plans are equal
         overrides["train_dataloader.dataset.pipeline"] = [step for step in PIPELINE if step["type"] != "RandomFlip"]
-    straight_runner, straight = train(config(scenes, tmp_path / "straight", **overrides))
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def straight_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], tuple[Path, Recorder]]:
+    """Work directory and record of a run from begin to end, each made once."""
+
+    @functools.cache
+    def run(loop: str, workers: int) -> tuple[Path, Recorder]:
+        work_dir = tmp_path_factory.mktemp("straight")
+        return work_dir, train(config(scenes, work_dir, **how(loop, workers)))[1]
+
+    return run
+
+
+SHORT = {("iter", 0, 9, 8), ("iter", 0, 12, 6), ("iter", 2, 17, 5), ("epoch", 0, 17, 5), ("epoch", 2, 9, 8)}
+
+
+@pytest.mark.parametrize(
+    ("loop", "workers", "kill", "interval"),
+    [
+        pytest.param(*each, marks=[] if each in SHORT else pytest.mark.slow)
+        for loop, workers in itertools.product(("iter", "epoch"), (0, 2))
+        for each in [(loop, workers, kill, interval) for kill, interval in ((9, 8), (17, 5), (12, 6))]
+    ],
+)
+def test_resumed_run_visits_the_same_samples(
+    straight_run: Callable[[str, int], tuple[Path, Recorder]],
+    scenes: Path,
+    tmp_path: Path,
+    loop: str,
+    workers: int,
+    kill: int,
+    interval: int,
+) -> None:
+    overrides = how(loop, workers)
+    straight_dir, straight = straight_run(loop, workers)
     resumed = killed_and_resumed(scenes, tmp_path / "killed", kill, interval, **overrides)
     start = kill - kill % interval
     assert resumed.indices == straight.indices[start:]
@@ -64,8 +98,7 @@ def test_resumed_run_visits_the_same_samples(
     assert resumed.inputs == straight.inputs[start:]
     assert resumed.losses == straight.losses[start:]
     books = [
-        json.loads(Path(folder, "infobatch_summary.json").read_text())
-        for folder in (straight_runner.work_dir, tmp_path / "killed")
+        json.loads(Path(folder, "infobatch_summary.json").read_text()) for folder in (straight_dir, tmp_path / "killed")
     ]
     assert {**books[0], "wall_time_s": 0} == {**books[1], "wall_time_s": 0}
 
@@ -81,9 +114,11 @@ def test_resumed_run_with_mixed_precision_visits_the_same_samples(scenes: Path, 
     assert resumed.lrs == straight.lrs[10:]
 
 
-def test_resume_from_checkpoints_at_epoch_ends(scenes: Path, tmp_path: Path) -> None:
+def test_resume_from_checkpoints_at_epoch_ends(
+    straight_run: Callable[[str, int], tuple[Path, Recorder]], scenes: Path, tmp_path: Path
+) -> None:
     checkpoint = dict(type="CheckpointHook", by_epoch=True, interval=1)
-    _, straight = train(config(scenes, tmp_path / "straight", **EPOCHS))
+    _, straight = straight_run("epoch", 0)
     cfg = config(scenes, tmp_path / "killed", **EPOCHS)
     cfg.default_hooks.checkpoint = checkpoint
     kill = next(i for i, batch in enumerate(straight.batch_idx) if i > 12 and batch == 2)
@@ -97,7 +132,7 @@ def test_resume_from_checkpoints_at_epoch_ends(scenes: Path, tmp_path: Path) -> 
     assert resumed.losses == straight.losses[start:]
 
 
-@pytest.mark.parametrize("loop", ["iter", "epoch"])
+@pytest.mark.parametrize("loop", ["iter", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_a_validation_after_the_checkpoint_leaves_no_trace(scenes: Path, tmp_path: Path, loop: str) -> None:
     """The checkpoint is written before the validation of the same iteration, which a resumed run skips."""
     overrides = {**EPOCHS, "train_cfg.val_interval": 2} if loop == "epoch" else {"train_cfg.val_interval": 8}
@@ -116,7 +151,9 @@ def test_a_validation_after_the_checkpoint_leaves_no_trace(scenes: Path, tmp_pat
 
 
 def test_resuming_a_finished_run_trains_no_further(scenes: Path, tmp_path: Path) -> None:
-    for overrides, name in (({}, "iter"), (EPOCHS, "epoch")):
+    short = {"train_cfg.max_iters": 12}
+    two = {**EPOCHS, "train_cfg.max_epochs": 2}
+    for overrides, name in ((short, "iter"), (two, "epoch")):
         cfg = config(scenes, tmp_path / name, **overrides)
         cfg.default_hooks.checkpoint.save_last = True
         runner, _ = train(cfg)
@@ -138,7 +175,7 @@ def test_load_from_takes_weights_only(scenes: Path, tmp_path: Path) -> None:
     assert set(sum(tuned.weights[:5], [])) == {1.0}  # a first pass: no scores were taken over
 
 
-@pytest.mark.parametrize("loop", ["iter", "epoch"])
+@pytest.mark.parametrize("loop", ["iter", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_a_checkpoint_written_without_us_starts_with_empty_scores(scenes: Path, tmp_path: Path, loop: str) -> None:
     overrides = dict(EPOCHS) if loop == "epoch" else {}
     cfg = config(scenes, tmp_path, **{**overrides, "custom_hooks": []})
@@ -161,63 +198,3 @@ def test_a_checkpoint_written_without_us_starts_with_empty_scores(scenes: Path, 
     # the pass in hand is finished in full, then pruning starts
     assert set(resumed.weights[0]) == {1.0}
     assert any(weight != 1 for weights in resumed.weights for weight in weights)
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ({"prune_ratio": 0.3}, r"'prune_ratio': 0\.5.*'prune_ratio': 0\.3"),
-        ({"delta": 0.5}, r"'delta': 0\.75.*'delta': 0\.5"),
-        ({"policy": "none"}, r"'policy': 'infobatch'.*'policy': 'none'"),
-    ],
-)
-def test_resume_with_other_settings_is_refused(
-    scenes: Path, tmp_path: Path, override: dict[str, Any], message: str
-) -> None:
-    cfg = config(scenes, tmp_path)
-    cfg.default_hooks.checkpoint.interval = 8
-    train(cfg)
-    hooks = [{**ONE_LINE[0], **override}]
-    with pytest.raises(ValueError, match=f"cannot resume: the checkpoint was pruned with.*{message}"):
-        train(config(scenes, tmp_path, resume=True, custom_hooks=hooks))
-
-
-def test_resume_into_the_directory_of_another_run_is_refused(scenes: Path, tmp_path: Path) -> None:
-    for name, ratio in (("here", 0.5), ("there", 0.3)):
-        cfg = config(scenes, tmp_path / name, custom_hooks=[{**ONE_LINE[0], "prune_ratio": ratio}])
-        cfg.default_hooks.checkpoint.interval = 8
-        train(cfg)
-    checkpoint = str(tmp_path / "here/iter_8.pth")
-    with pytest.raises(ValueError, match=r"there/infobatch_summary.json belongs to a run with prune_ratio=0\.3"):
-        train(config(scenes, tmp_path / "there", resume=True, load_from=checkpoint))
-
-
-def test_resume_with_another_data_set_is_refused(scenes: Path, tmp_path: Path) -> None:
-    """By the data set, not by settings, whatever else the work directory holds."""
-    from infobatch_mm.demo.street import draw_dataset
-
-    cfg = config(scenes, tmp_path / "run")
-    cfg.default_hooks.checkpoint.interval = 8
-    train(cfg)
-    more = draw_dataset(tmp_path / "more", num_train=30, num_val=4, size=32)
-    message = "cannot resume: the checkpoint scores 22 samples, this data set has 30; resume with the data set"
-    with pytest.raises(ValueError, match=message):
-        train(config(more, tmp_path / "run", resume=True))
-    # one image in another's place: every score after it would sit on another image
-    replaced = draw_dataset(tmp_path / "replaced", num_train=22, num_val=4, size=32)
-    for file in replaced.rglob("training/00013.*"):
-        file.rename(file.with_stem("00013b"))
-    with pytest.raises(ValueError, match=r"cannot resume: the checkpoint scores a data set with other sample names \("):
-        train(config(replaced, tmp_path / "run", resume=True))
-
-
-def test_a_newer_state_is_refused(scenes: Path, tmp_path: Path) -> None:
-    cfg = config(scenes, tmp_path)
-    cfg.default_hooks.checkpoint.interval = 8
-    train(cfg)
-    path = Path(Path(tmp_path, "last_checkpoint").read_text())
-    checkpoint = torch.load(path, weights_only=False)
-    checkpoint["infobatch"]["pruner"]["version"] = 99
-    torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="version 99"):
-        train(config(scenes, tmp_path, resume=True))

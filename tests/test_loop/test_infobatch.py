@@ -25,15 +25,38 @@ from infobatch_mm.loop import PassLoader
 Visits = list[tuple[int, float]]
 
 WORKERS: list[dict[str, Any]] = [{}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}]
-#: A DataLoader of the user's over attach() and sampler, or infobatch.loader().
-USERS = [pytest.param(each, id=name) for each, name in zip(WORKERS, ("main", "workers", "persistent"), strict=True)]
-OURS = [
-    pytest.param({"ours": True, **each}, id=f"ours-{name}")
-    for each, name in zip(WORKERS, ("main", "workers", "persistent"), strict=True)
-]
-LOADERS = pytest.mark.parametrize("workers", [*USERS, *OURS])
-USERS_LOADERS = pytest.mark.parametrize("workers", USERS)
-OUR_LOADERS = pytest.mark.parametrize("workers", OURS)
+KINDS = dict(zip(("main", "workers", "persistent"), WORKERS, strict=True))
+
+
+def loaders(*by_default: str, users: bool = True, ours: bool = True) -> pytest.MarkDecorator:
+    """A DataLoader of the user's over attach() and sampler, or infobatch.loader(), without and with workers.
+
+    Where nothing depends on what workers have read ahead, those with workers run in the long suite only. Workers that
+    end with their walk read ahead as persistent ones do, which the next walk finds in their midst.
+    """
+    params = []
+    for is_ours in [False] * users + [True] * ours:
+        for name, options in KINDS.items():
+            marks = [] if name in by_default else pytest.mark.slow
+            each = {"ours": True, **options} if is_ours else options
+            params.append(pytest.param(each, id="ours-" * is_ours + name, marks=marks))
+    return pytest.mark.parametrize("workers", params)
+
+
+LOADERS = loaders("main", "persistent")
+USERS_LOADERS = loaders("main", "persistent", ours=False)
+OUR_LOADERS = loaders("main", "persistent", users=False)
+MAIN_LOADERS = loaders("main")
+
+
+def loaders_and_sizes(*sizes: tuple[int, int], with_workers: int) -> pytest.MarkDecorator:
+    """Data sets and batches of several sizes without workers, and the first few of them with workers."""
+    params = []
+    for kind in LOADERS.args[1]:
+        for place, size in enumerate(sizes):
+            marks = pytest.mark.slow if place >= with_workers and "main" not in kind.id else kind.marks
+            params.append(pytest.param(*kind.values, *size, id=f"{kind.id}-{size[0]}-{size[1]}", marks=marks))
+    return pytest.mark.parametrize(("workers", "num_samples", "batch_size"), params)
 
 
 class Numbers(Dataset):
@@ -127,8 +150,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 # ---- whole trainings ------------------------------------------------------------------------------------------
 
 
-@LOADERS
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(30, 4), (5, 2), (7, 16), (24, 4)])
+@loaders_and_sizes((30, 4), (5, 2), (7, 16), (24, 4), with_workers=1)
 def test_every_visit_of_a_plan_is_made_once_with_the_weight_of_the_twin(
     workers: dict[str, Any], num_samples: int, batch_size: int
 ):
@@ -154,7 +176,7 @@ def test_long_trainings_agree_with_the_twin(r: float, delta: float, batch_size: 
         check_against(twin, train(infobatch, loader, epoch), epoch)
 
 
-@LOADERS
+@MAIN_LOADERS
 def test_batch_size_makes_pruned_passes_consist_of_full_batches(workers: dict[str, Any]):
     infobatch, loader = build(50, 8, workers, batch_size=8)
     twin = ReferenceRun(50, 6, 0.5, 1.0, 8)
@@ -253,8 +275,7 @@ def plans(num_samples: int, batch_size: int = 4, passes: int = 2, **kwargs: Any)
     return [indices_of(train(infobatch, loader, epoch)) for epoch in range(passes)]
 
 
-@LOADERS
-@pytest.mark.parametrize(("num_samples", "batch_size"), [(40, 4), (5, 2), (4, 2), (3, 3)])
+@loaders_and_sizes((40, 4), (4, 2), (5, 2), (3, 3), with_workers=2)
 def test_peek_consumes_nothing(workers: dict[str, Any], num_samples: int, batch_size: int):
     # With two workers and these sizes the prefetch hands out some, all or just all of the indices.
     infobatch, loader = build(num_samples, batch_size, workers, batch_size=batch_size)
@@ -386,7 +407,7 @@ def test_a_broken_walk_of_workers_in_any_order_is_followed_by_a_new_pass(ours: b
     assert len(seen) > 40
 
 
-@LOADERS
+@MAIN_LOADERS
 def test_micro_batches_are_weighed_one_by_one(workers: dict[str, Any]):
     infobatch, loader = build(64, 8, workers, drop_last=True, batch_size=8)
     twin = ReferenceRun(64, 6, 0.5, 1.0, 8)
@@ -402,7 +423,7 @@ def test_micro_batches_are_weighed_one_by_one(workers: dict[str, Any]):
         assert infobatch.summary()["per_pass"][epoch]["kept"] == len(visits)
 
 
-@LOADERS
+@MAIN_LOADERS
 def test_two_views_of_a_batch_are_one_visit_scored_by_the_mean_of_their_losses(workers: dict[str, Any]):
     infobatch, loader = build(64, 8, workers, batch_size=8)
     twin = ReferenceRun(64, 6, 0.5, 1.0, 8)
@@ -424,7 +445,7 @@ def test_two_views_of_a_batch_are_one_visit_scored_by_the_mean_of_their_losses(w
     assert infobatch.state_dict()["times_seen"].max() == 4
 
 
-@LOADERS
+@MAIN_LOADERS
 def test_a_second_loss_of_a_batch_is_weighed_and_no_second_visit(workers: dict[str, Any]):
     # As of optimisers that evaluate twice.
     infobatch, loader = build(24, 4, workers, batch_size=4)
@@ -474,7 +495,9 @@ def test_a_batch_of_an_earlier_pass_is_refused():
         infobatch.weigh(torch.ones(8), old)
 
 
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(
+    "workers", [{}, pytest.param(KINDS["workers"], marks=pytest.mark.slow), KINDS["persistent"]], ids=list(KINDS)
+)
 def test_a_collate_function_that_drops_broken_items_loses_no_pass(workers: dict[str, Any]):
     """Of attach(), with pairs; of our loader, with bare items."""
 
@@ -558,7 +581,7 @@ def test_weighing_a_batch_twice_does_not_end_the_pass():
     assert passes_done(infobatch) == 1
 
 
-@LOADERS
+@MAIN_LOADERS
 def test_set_epoch_is_harmless(workers: dict[str, Any]):
     infobatch, loader = build(30, workers=workers, batch_size=4)
     plain, plain_loader = build(30, batch_size=4)
@@ -595,7 +618,7 @@ def test_len_is_right_before_a_walk_and_constant_until_its_last_weigh(workers: d
     assert len(lengths) > 1
 
 
-@LOADERS
+@MAIN_LOADERS
 def test_len_neither_ends_nor_starts_anything(workers: dict[str, Any]):
     infobatch, loader = build(31, 4, workers, batch_size=4)
     plain, plain_loader = build(31, 4, batch_size=4)
@@ -1073,9 +1096,14 @@ def test_resumed_on_more_processes_a_pass_is_finished(monkeypatch: pytest.Monkey
     assert first.summary()["passes_done"] == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("save_after", range(1, 6))
-def test_with_drop_last_epochs_saved_at_their_end_are_neither_repeated_nor_lost(save_after: int, workers: int):
+@pytest.mark.parametrize(
+    ("workers", "save_after"),
+    [
+        *((0, save_after) for save_after in range(1, 6)),
+        *(pytest.param(1, each, marks=[] if each == 2 else pytest.mark.slow) for each in range(1, 6)),
+    ],
+)
+def test_with_drop_last_epochs_saved_at_their_end_are_neither_repeated_nor_lost(workers: int, save_after: int):
     def epochs(infobatch: InfoBatch, until: int) -> list[int]:
         loader = infobatch.loader(list(range(37)), drop_last=True, num_workers=workers)
         steps = []
@@ -1122,8 +1150,11 @@ def test_batches_of_several_processes_that_are_too_large_are_warned_of_once(monk
 NAMES = lambda make: make.__name__  # noqa: E731
 
 
-@pytest.mark.parametrize("whole", [np.int64, np.uint8, torch.tensor, np.array], ids=NAMES)
-@pytest.mark.parametrize("real", [np.float32, np.float64, torch.tensor], ids=NAMES)
+@pytest.mark.parametrize(
+    ("whole", "real"),
+    [(np.int64, np.float32), (np.uint8, np.float64), (torch.tensor, torch.tensor), (np.array, np.float64)],
+    ids=NAMES,
+)
 def test_numbers_of_numpy_and_tensors_without_dimensions_are_numbers(whole: Any, real: Any):
     given = InfoBatch(
         whole(40), whole(6), real(0.5), real(0.875), seed=whole(3), batch_size=whole(4), score_ema=real(0.75)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launching import WORKER_CONTEXT, meeting, on_ranks, preload_workers
 from torch.utils.data import DataLoader
 
 from infobatch_mm import InfoBatch
@@ -45,7 +45,8 @@ def drawn(number: int) -> dict[str, Any]:
 def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     infobatch = InfoBatch(case["num_samples"], EPOCHS, 0.5, 1.0, batch_size=2 * case["batch"], seed=case["number"])
     data = list(range(case["num_samples"]))
-    options = dict(drop_last=case["drop_last"], num_workers=case["workers"])
+    context = WORKER_CONTEXT if case["workers"] else None
+    options = dict(drop_last=case["drop_last"], num_workers=case["workers"], multiprocessing_context=context)
     loader: Any
     if case["ours"]:
         loader = infobatch.loader(data, **options)
@@ -103,9 +104,16 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timeout)
+    preload_workers("infobatch_mm")
+    with meeting(folder, rank, 2):
+        seen = what_is_seen(rank)
+    with meeting(folder, rank, 2, "alone", closes=False):
+        seen["alone"] = [merged_alone(rank, each, folder) for each in range(2)]
+        torch.save(seen, Path(folder, f"{rank}.pt"))
+    os._exit(0)  # an end in order would wait for the merge that the other never made
+
+
+def what_is_seen(rank: int) -> dict[str, Any]:
     seen = {}
     for number in range(CASES):
         try:
@@ -124,9 +132,7 @@ def one_rank(rank: int, folder: str) -> None:
         told = ""
     except ValueError as error:
         told = str(error)
-    torch.save({"seen": seen, "told": told, "group": in_a_group(rank)}, Path(folder, f"{rank}.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"seen": seen, "told": told, "group": in_a_group(rank)}
 
 
 def in_a_group(rank: int) -> Any:
@@ -141,10 +147,30 @@ def in_a_group(rank: int) -> Any:
     return visits, infobatch.summary()
 
 
+def merged_alone(rank: int, merges: int, folder: str) -> tuple[float, str] | None:
+    """One process merges, the other goes on, as a training does."""
+    infobatch, told = InfoBatch(8, 4, batch_size=4), Path(folder, f"told.{merges}")
+    result = None
+    for index, _ in infobatch.loader(list(range(8))):
+        infobatch.weigh(index.float(), index)
+        if rank == merges:
+            begun = time.monotonic()
+            try:
+                infobatch.merge(timeout_s=2)
+            except ValueError as error:
+                result = time.monotonic() - begun, str(error)
+            told.touch()
+        break
+    # The other process waits for the writer here, not for its collective.
+    while not told.exists():
+        time.sleep(0.05)
+    return result
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (str(folder),), nprocs=2)
+    on_ranks(2, one_rank, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -179,40 +205,9 @@ def test_a_process_group_shares_the_data_of_its_own(ranks: list[dict[str, Any]])
         assert tuple(rank["group"]) == (visits, alone.summary())
 
 
-def alone(rank: int, folder: str) -> None:
-    """One process merges, the other goes on to its own collective, as a training does."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    infobatch = InfoBatch(8, 4, batch_size=4)
-    for index, _ in infobatch.loader(list(range(8))):
-        infobatch.weigh(index.float(), index)
-        if rank == MERGES[0]:
-            begun = time.monotonic()
-            try:
-                infobatch.merge(timeout_s=2)
-            except ValueError as error:
-                Path(folder, "error").write_text(f"{time.monotonic() - begun} {error}")
-        elif rank == MERGES[1]:
-            Path(folder, "late").touch()
-        break
-    # The other process waits for the writer here, not for its collective.
-    while not Path(folder, "error").exists():
-        time.sleep(0.05)
-
-
-#: Which rank merges alone, and which goes on.
-MERGES = (0, 1)
-
-
-def alone_on_rank_1(rank: int, folder: str) -> None:
-    global MERGES
-    MERGES = (1, 0)
-    alone(rank, folder)
-
-
-@pytest.mark.parametrize(("target", "merges"), [(alone, 0), (alone_on_rank_1, 1)], ids=["rank 0", "rank 1"])
-def test_merge_on_one_process_alone_ends_in_seconds_with_its_name(target: Any, merges: int, tmp_path: Path):
-    mp.spawn(target, (str(tmp_path),), nprocs=2, join=True)
-    seconds, message = Path(tmp_path, "error").read_text().split(" ", 1)
-    assert 1 < float(seconds) < 30
+@pytest.mark.parametrize("merges", [0, 1])
+def test_merge_on_one_process_alone_ends_in_seconds_with_its_name(ranks: list[dict[str, Any]], merges: int):
+    seconds, message = ranks[merges]["alone"][merges]
+    assert 1 < seconds < 30 and ranks[1 - merges]["alone"][merges] is None
     assert message.startswith(f"infobatch.merge() was called on process {merges}, but not within 2 s on every other")
     assert "take it out of `if is_main_process`" in message
