@@ -69,7 +69,7 @@ class PlannedOrder(Order):
         Raises:
             ValueError: If its sampler is one that chooses samples itself.
         """
-        sampler = loader.sampler
+        sampler = _batching(loader).sampler
         plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
         if not plain or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
             raise ValueError(
@@ -90,10 +90,9 @@ class OwnOrder(Order):
     """The order of the user's own sampler, which a :class:`.Watcher` follows."""
 
     def rebuilt(self, loader: DataLoader) -> DataLoader:
-        rebuilt = _indexed(loader, loader.sampler)
+        batching = _batching(loader)
+        rebuilt = _indexed(loader, batching.sampler)
         if self._training.item_seed:
-            batching = loader.batch_sampler
-            assert isinstance(batching, BatchSampler)
             seeded = _SeededBatches(batching.sampler, batching.batch_size, batching.drop_last)
             seeded.training = self._training
             # A loader that is given a batch sampler forgets its drop_last, for which accelerate asks it.
@@ -108,9 +107,14 @@ class OwnOrder(Order):
         return batches != self._geometry.epoch_batches
 
 
+def _batching(loader: DataLoader) -> BatchSampler:
+    """Where a loader keeps its sampler: one that was made with a ``batch_sampler`` has another at ``sampler``."""
+    assert isinstance(loader.batch_sampler, BatchSampler)
+    return loader.batch_sampler
+
+
 def _indexed(loader: DataLoader, sampler: Sampler | Any) -> DataLoader:
-    batching = loader.batch_sampler
-    assert isinstance(batching, BatchSampler)
+    batching = _batching(loader)
     return DataLoader(
         IndexedItems(loader.dataset),
         batch_size=batching.batch_size,

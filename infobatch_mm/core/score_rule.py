@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
@@ -46,6 +46,7 @@ class ScoreRule(ABC):
     #: First version of the state that knows of it.
     state_version = 1
     score_ema = 0.0
+    group: Group = None
 
     def __init__(self, group: Group = None) -> None:
         self.group = group
@@ -174,6 +175,8 @@ def build_score(
         check_score_ema(given["score_ema"])
     if score is None:
         score = "ema" if given.get("score_ema") else "raw"
+    if isinstance(score, type):
+        raise ValueError(f"score={score.__qualname__} is a class: make an instance of it, or give its name")
     if not isinstance(score, str) or score not in _RULES:
         raise ValueError(
             f"unknown score {score!r}: choose one of {sorted(_RULES)}, or decorate yours with register_score and have "
@@ -186,25 +189,46 @@ def build_score(
 
 
 def _checked(rule: ScoreRule) -> ScoreRule:
-    """A rule whose settings can go into checkpoints and summaries: found out now, not when one is written."""
-    settings = rule.settings()
-    if settings.get("score") != rule.name:
+    """A rule that checkpoints and summaries can hold: found out now, not when one is read."""
+    if type(rule).__module__.startswith("infobatch_mm."):
+        return rule
+    who, settings, state = f"score {rule.name!r} ({type(rule).__qualname__})", rule.settings(), rule.state_dict()
+    if not isinstance(settings, dict) or settings.get("score") != rule.name:
         raise ValueError(
-            f"score {rule.name!r} ({type(rule).__qualname__}) has settings() {settings!r}: return its name under "
-            "'score' and its arguments, so that a run is not resumed with others"
+            f"{who} has settings() {settings!r}: return its name under 'score', and its arguments, so that a run is "
+            "not resumed with others"
         )
-    try:
-        json.dumps(settings)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"score {rule.name!r} ({type(rule).__qualname__}) has settings() that cannot be written down: "
-            f"{settings!r}; give numbers, texts, lists and dicts of Python's"
-        ) from None
+    taken = inspect.signature(type(rule)).parameters.values()
+    named = [each.name for each in taken if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    if missing := [name for name in named if name not in (*settings, "group")]:
+        raise ValueError(f"{who} has an argument {missing[0]!r} that its settings() leave out: return it there as well")
+    for what, found in (("settings()", settings), ("state_dict()", state)):
+        if not _is_plain(found, tensors=what == "state_dict()"):
+            raise ValueError(
+                f"{who} has {what} that cannot be written down and read again: {found!r}; give finite numbers, texts, "
+                "lists and dicts of Python's" + (", and tensors" if what == "state_dict()" else "")
+            )
     return rule
+
+
+def _is_plain(value: Any, tensors: bool) -> bool:
+    """Whether JSON, and a checkpoint that is loaded with ``weights_only=True``, give a value back as it was."""
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(each, tensors) for key, each in value.items())
+    if type(value) in (list, tuple):
+        return all(_is_plain(each, tensors) for each in value)
+    if type(value) is float:
+        return math.isfinite(value)
+    return value is None or type(value) in (int, bool, str) or (tensors and type(value) is Tensor)
 
 
 def _taken(rule: ScoreRule, score_ema: float | None, group: Group) -> ScoreRule:
     """A copy of a user's instance: what it holds of one training must not reach another."""
+    known = _RULES.get(rule.name, type(rule))
+    if known is not type(rule):
+        raise ValueError(
+            f"score {rule.name!r} is {known.__qualname__}: give {type(rule).__qualname__}, which has its name, another"
+        )
     if score_ema not in (None, rule.score_ema):
         raise ValueError(
             f"score_ema={score_ema!r} and a score with score_ema={rule.score_ema!r}: set it in one of them"
@@ -214,7 +238,12 @@ def _taken(rule: ScoreRule, score_ema: float | None, group: Group) -> ScoreRule:
             f"score {rule.name!r} was made for other processes than this training: give its name, or dict(type="
             f"{rule.name!r}, ...), and it is made for the right ones"
         )
-    return copy.deepcopy(_checked(rule), {id(group): group})  # a process group cannot be copied
+    try:
+        return copy.deepcopy(_checked(rule), {id(group): group})  # a process group cannot be copied
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"score {rule.name!r} cannot be copied ({error}): give its name, or dict(type={rule.name!r}, ...)"
+        ) from error
 
 
 def check_score_ema(score_ema: float) -> None:

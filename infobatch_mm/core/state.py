@@ -32,6 +32,14 @@ _COUNTS = (
 )
 
 
+#: Names in summaries, or among what must be equal on all processes, that are no score's.
+_OURS = (
+    *("num_samples", "fingerprint", "batch_size", "seed", "shuffle", "item_seed", "num_epochs", "max_train_steps"),
+    *("num_repeats", "policy", "prune_ratio", "delta", "group", "score_settings", "skipped"),
+    *("passes_done", "passes_total", "visits", "visits_full", "saved_ratio", "per_pass", "iterations", "wall_time_s"),
+)
+
+
 @dataclass(frozen=True)
 class PrunerState:
     """What :meth:`.Training.state_dict` wrote, of any version, checked for damage.
@@ -157,12 +165,32 @@ def check_fits(state: PrunerState, training: Training) -> None:
             f"{state.fingerprint!r}, this data set has {training.fingerprint!r}); resume with the data set it was "
             "trained on"
         )
+    rule = training.store.rule  # of a user's instance, whose name need not be registered
+    if (key := rule.damaged(state.store, state.num_samples)) is not None and state.settings.get("score") == rule.name:
+        raise damaged(key)
     here = {**training.policy.settings(), **training.store.settings()}
     if state.settings != here:
         raise ValueError(
             f"cannot resume: the checkpoint was pruned with {state.settings}, this run has {here}; "
             "use the same settings, or start a new run from its weights (load_from in MMEngine)"
         )
+
+
+def check_names(training: Training) -> None:
+    """Refuse a score of a user's whose settings or state have names of ours: one would take the place of the other.
+
+    Raises:
+        ValueError: With the first of them.
+    """
+    rule = training.store.rule
+    in_settings = {*training.schedule.settings(), *training.policy.settings(), *_OURS}
+    in_state = {*_KEYS, *_OURS, "unusable", "score", "score_ema"}
+    found = (("settings()", rule.settings(), in_settings), ("state_dict()", rule.state_dict(), in_state))
+    for what, names, ours in found:
+        if taken := sorted(names.keys() & ours):
+            raise ValueError(
+                f"score {rule.name!r} has {what} with {taken[0]!r}, a name of InfoBatch's own: use another"
+            )
 
 
 def state_of(training: Training, plan: Plan | None) -> dict[str, Any]:

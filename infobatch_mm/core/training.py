@@ -15,7 +15,7 @@ from .plan import Plan
 from .policy import PruningPolicy
 from .schedule import Schedule
 from .score_rule import ScoreRule
-from .state import PrunerState, check_fits, parse, state_of
+from .state import PrunerState, check_fits, check_names, parse, state_of
 from .store import ScoreStore
 
 
@@ -67,6 +67,7 @@ class Training(Books, ABC):
         self.shuffle = shuffle
         self.fingerprint = fingerprint
         self.item_seed = item_seed
+        check_names(self)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal on all processes, by name: they draw the same plans from it."""

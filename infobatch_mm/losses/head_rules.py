@@ -52,14 +52,17 @@ class BaseHeadRule(ABC):
 
     Attributes:
         method (str): The method that computes the losses from predictions. Defaults to ``'loss_by_feat'``.
+        overrides (tuple): Other methods that a subclass must leave as they are for the rule to hold for it. Defaults to
+            none.
     """
 
     method: str = "loss_by_feat"
+    overrides: tuple[str, ...] = ()
 
     @property
     def defined_by(self) -> set[str]:
         """The methods that a subclass of the head must leave as they are for the rule to hold for it."""
-        return {"loss_by_feat", "loss_and_target", self.method}
+        return {"loss_by_feat", "loss_and_target", self.method, *self.overrides}
 
     def with_reduction(self, reduction: str) -> BaseHeadRule:
         """The same rule with another reduction; without effect where losses are not evaluated sample by sample."""
@@ -77,20 +80,14 @@ class ModulesRule(BaseHeadRule):
     Loss modules are at its attributes called ``loss*``. It calls them with the batch first.
 
     Attributes:
-        overrides (tuple): Other methods that a subclass must leave as they are. Defaults to none.
         view (Callable): What stands in for the method: ``view(head, method, weigher, title=...)``. Defaults to a view
             that only checks the order of the samples.
         default_loss (Callable, optional): Makes the view of a loss module that nobody registered. Defaults to the
             host's.
     """
 
-    overrides: tuple[str, ...] = ()
     view: Callable[..., LossView] = OrderView
     default_loss: ViewFactory | None = None
-
-    @property
-    def defined_by(self) -> set[str]:
-        return {*super().defined_by, *self.overrides}
 
     def views(self, head: HeadInModel) -> Iterator[LossView]:
         yield self.view(head.module, self.method, head.weigher, title=head.title)
@@ -171,12 +168,12 @@ def HeadRule(
 ) -> BaseHeadRule:
     """The rule of a head in a single spelling: which of the three it is follows from the arguments.
 
-    What a rule has no use for is left aside.
+    Arguments that this rule has no use for are not looked at.
 
     Args:
-        by_modules (bool): Whether to weigh the head's loss modules: a :class:`ModulesRule` with ``method``,
-            ``overrides`` and ``view``. Defaults to False.
-        function (Callable, optional): Else, if it is given, makes a :class:`FunctionRule` with ``method``.
+        by_modules (bool): Whether to weigh the head's loss modules: a :class:`ModulesRule`. Defaults to
+            False.
+        function (Callable, optional): Else, if it is given, makes a :class:`FunctionRule`.
         method, overrides, view, separable, trusted, apart, reduction, axes, rows, valid: See the rules; by default, a
             :class:`SamplewiseRule`.
 
@@ -190,9 +187,10 @@ def HeadRule(
     if by_modules:
         return ModulesRule(method=method, overrides=overrides, view=view)
     if function is not None:
-        return FunctionRule(method=method, function=function)
+        return FunctionRule(method=method, overrides=overrides, function=function)
     return SamplewiseRule(
         method=method,
+        overrides=overrides,
         separable=separable,
         trusted=trusted,
         apart=apart,

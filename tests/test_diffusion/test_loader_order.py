@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset, SubsetRandomSampler
 
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
@@ -71,3 +71,21 @@ def test_batches_are_read_at_once_and_in_order(collate_fn: Callable):
     dataset = Captions()
     train(Subset(dataset, range(16)), collate_fn)
     assert [len(batch) for batch in dataset.asked] in ([4] * batches for batches in range(5, 9))
+
+
+@pytest.mark.parametrize("item_seed", [False, True])
+def test_without_pruning_a_loader_of_batches_keeps_its_own_sampler(item_seed: bool):
+    """torch keeps the sampler of a ``batch_sampler`` there, and another one at the loader."""
+    torch.manual_seed(0)
+    batches = BatchSampler(SubsetRandomSampler(range(8)), 4, False)
+    loader = DataLoader(list(range(23)), batch_sampler=batches)
+    accelerator = Accelerator(cpu=True)
+    infobatch = AcceleratedInfoBatch(accelerator, loader, 2, policy="none", item_seed=item_seed)
+    seen = [index for _ in infobatch.prepare(loader) for index in infobatch.index.tolist()]
+    assert sorted(seen[:8]) == list(range(8)) and seen[:8] != list(range(8))
+
+
+def test_pruning_refuses_a_loader_of_batches_that_chooses_its_samples():
+    loader = DataLoader(list(range(23)), batch_sampler=BatchSampler(SubsetRandomSampler(range(8)), 4, False))
+    with pytest.raises(ValueError, match="has a SubsetRandomSampler of 8 draws from 23 samples"):
+        AcceleratedInfoBatch(Accelerator(cpu=True), loader, 2)

@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 from torch import nn
 
-from infobatch_mm.losses import FunctionRule, HeadRule, LossWeigher, ModulesRule, SamplewiseRule
+from infobatch_mm.losses import FunctionRule, HeadRule, LossWeigher, ModulesRule, SamplewiseRule, registry
 from infobatch_mm.losses.head_rules import HeadInModel
 from infobatch_mm.losses.inseparable import InseparableView
 from infobatch_mm.losses.separable import SeparableView
@@ -47,14 +47,17 @@ def in_model(valid=None, module_views=lambda default: iter(())):
             dict(by_modules=True, method="loss", overrides=("forward",), view=VectorisedView),
             ModulesRule(method="loss", overrides=("forward",), view=VectorisedView),
         ),
-        (dict(method="loss", function=apart), FunctionRule(method="loss", function=apart)),
+        (
+            dict(method="loss", overrides=("forward",), function=apart),
+            FunctionRule(method="loss", overrides=("forward",), function=apart),
+        ),
         (
             dict(method="loss", separable=True, trusted=True, apart=True, reduction="sum", axes={"a": 1}, rows=rows_of),
             SamplewiseRule(
                 method="loss", separable=True, trusted=True, apart=True, reduction="sum", axes={"a": 1}, rows=rows_of
             ),
         ),
-        (dict(valid=valid_of), SamplewiseRule(valid=valid_of)),
+        (dict(valid=valid_of, overrides=("loss",)), SamplewiseRule(valid=valid_of, overrides=("loss",))),
     ],
     ids=range(8),
 )
@@ -107,3 +110,10 @@ def test_a_reduction_is_said_to_the_rule_that_evaluates_sample_by_sample_alone()
 def test_another_reduction_is_refused_with_what_was_given(make):
     with pytest.raises(ValueError, match="reduction='none'"):
         make(reduction="none")
+
+
+@pytest.mark.parametrize("kind", [dict(by_modules=True), dict(function=apart), dict(separable=True)], ids=range(3))
+def test_a_subclass_with_a_method_of_its_own_loses_the_rule(kind, monkeypatch):
+    monkeypatch.setattr(registry, "_HEADS", {Head: HeadRule(overrides=("loss",), **kind)})
+    assert registry.head_rule(type("Heir", (Head,), {})()) is not None
+    assert registry.head_rule(type("Own", (Head,), {"loss": None})()) is None

@@ -192,9 +192,48 @@ def test_a_score_that_cannot_be_told_from_others_is_refused(own_registry: None):
         register_score(Nameless)
     with pytest.raises(ValueError, match="takes a subclass of ScoreRule"):
         register_score(N)  # type: ignore[type-var]
-    for cls, message in ((Untold, "return its name under 'score'"), (Unwritable, "cannot be written down")):
+
+    class Forgetful(Capped):
+        name = "forgetful"
+
+        def settings(self) -> dict[str, Any]:
+            return ScoreRule.settings(self)
+
+    class Numpy(Capped):
+        name = "numpy"
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"sums": np.zeros(2)}
+
+    class Masking(Capped):
+        name = "masking"
+
+        def settings(self) -> dict[str, Any]:
+            return {**super().settings(), "seed": 3}
+
+    class Overwriting(Capped):
+        name = "overwriting"
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"scores": torch.ones(N)}
+
+    class Raw(Capped):
+        name = "raw"
+
+    cases: list[tuple[Any, str]] = [
+        (Untold(), "return its name under 'score'"),
+        (Unwritable(), r"has settings\(\) that cannot be written down and read again"),
+        (Capped(float("nan")), r"has settings\(\) that cannot be written down and read again"),
+        (Numpy(), r"has state_dict\(\) that cannot be written down and read again"),
+        (Forgetful(), r"has an argument 'bound' that its settings\(\) leave out"),
+        (Masking(), r"has settings\(\) with 'seed', a name of InfoBatch's own"),
+        (Overwriting(), r"has state_dict\(\) with 'scores', a name of InfoBatch's own"),
+        (Raw(), "score 'raw' is RawScore: give .*Raw, which has its name, another"),
+        (Capped, "score=Capped is a class: make an instance of it"),
+    ]
+    for score, message in cases:
         with pytest.raises(ValueError, match=message):
-            ScoreStore(N, score=cls())
+            Pruner(EpochSchedule(N, 4, 2), InfoBatchPolicy(), score=score)
 
 
 def test_a_dict_that_contradicts_itself_or_asks_for_too_much_is_refused():
