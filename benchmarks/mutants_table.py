@@ -28,6 +28,10 @@ CHEAP = (
     "test_core/test_blanks.py "
     "test_core/test_noise_levels.py"
 )
+PASSES = (
+    CHEAP + " test_loop/test_infobatch.py::test_what_was_skipped_before_a_checkpoint_is_booked_after_it "
+    "test_engine/test_passes.py"
+)
 FAMILIES = (
     "test_policies/test_contract.py "
     "test_core/test_policies.py "
@@ -47,14 +51,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("weight-not-rescaled", CHEAP, "num_candidates / num_kept)", "1.0)"),
         ("sorted-plan-keeps-weights-in-place", CHEAP, "weights=self.weights[order])", "weights=self.weights)"),
         ("pairs-as-if-drawn-with-replacement",
-         "test_losses/test_pair_weights.py "
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py",
+         "test_losses/test_pair_weights.py " + CHEAP,
          "return (len(self) - 1) / (population - 1), level, without_replacement",
          "return (len(self) - 1) / (population - 1), level, 1.0"),
     ],
@@ -77,61 +74,21 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "core/pruner.py": [
         ("every-pass-the-same-draw",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py::test_what_was_skipped_before_a_checkpoint_is_booked_after_it "
-         "test_engine/test_passes.py",
+         PASSES,
          "rng.generator(self.seed, self.pass_index)", "rng.generator(self.seed, 0)"),
         ("shuffle-off-is-shuffled",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py::test_what_was_skipped_before_a_checkpoint_is_booked_after_it "
-         "test_engine/test_passes.py",
+         PASSES,
          "self._set_plan(plan if self.shuffle else plan.sorted())", "self._set_plan(plan)"),
         ("start-rounded-down",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py::test_what_was_skipped_before_a_checkpoint_is_booked_after_it "
-         "test_engine/test_passes.py",
+         PASSES,
          "(2 * visits * done + batch * of) // (2 * batch * of)", "(visits * done) // (batch * of)"),
     ],
     "core/training.py": [
         ("resume-forgets-skipped",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py::test_what_was_skipped_before_a_checkpoint_is_booked_after_it "
-         "test_engine/test_passes.py",
+         PASSES,
          "parsed.visited, parsed.skipped, {}", "parsed.visited, 0, {}"),
         ("resume-forgets-seed",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py::test_what_was_skipped_before_a_checkpoint_is_booked_after_it "
-         "test_engine/test_passes.py",
+         PASSES,
          "self.seed, self.pass_index = parsed.seed, parsed.pass_index", "self.pass_index = parsed.pass_index"),
     ],
     "core/state.py": [
@@ -140,9 +97,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "core/store.py": [
         ("visit-without-a-valid-pixel-recorded",
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_losses/test_blank_factor.py "
+         "test_core/test_scores.py test_core/test_blanks.py test_losses/test_blank_factor.py "
          "test_core/test_pruner.py",
          "usable = real & valid & finite", "usable = real & finite"),
         ("merge-records-own-twice", "test_core/test_distributed.py",
@@ -151,15 +106,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "in zip(gathered_indices, gathered_losses, strict=True):",
          "in zip(gathered_indices[::-1], gathered_losses[::-1], strict=True):"),
         ("resume-forgets-times-seen",
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_losses/test_blank_factor.py "
+         "test_core/test_scores.py test_core/test_blanks.py test_losses/test_blank_factor.py "
          "test_core/test_pruner.py",
          'self.times_seen.copy_(state["times_seen"])', "pass"),
         ("seen-samples-count-as-blank",
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_losses/test_blank_factor.py "
+         "test_core/test_scores.py test_core/test_blanks.py test_losses/test_blank_factor.py "
          "test_core/test_pruner.py",
          "blank = self.unusable.blank & ~self.seen", "blank = self.unusable.blank"),
     ],
@@ -169,24 +120,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "core/books.py": [
         ("skipped-visits-count-as-kept",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py",
+         CHEAP + " test_loop/test_infobatch.py",
          "kept = visited - self.skipped", "kept = visited"),
         ("skipped-visits-count-as-saved",
-         "test_core/test_plan.py "
-         "test_core/test_policies.py "
-         "test_core/test_schedule.py "
-         "test_core/test_pruner.py "
-         "test_core/test_scores.py "
-         "test_core/test_blanks.py "
-         "test_core/test_noise_levels.py "
-         "test_loop/test_infobatch.py",
+         CHEAP + " test_loop/test_infobatch.py",
          "handed_out = self.visits + self.visits_skipped", "handed_out = self.visits"),
         ("own-skipped-told-twice", "test_loop/test_two_ranks.py",
          "self.own_skipped, self._corrections = 0, {}", "self._corrections = {}"),
@@ -204,13 +141,11 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "core/sampler.py": [
         ("resumed-share-begins-too-late",
-         "test_core/test_pruner.py "
-         "test_core/test_item_seed.py "
+         "test_core/test_pruner.py test_core/test_item_seed.py "
          "test_engine/test_ranks.py::test_resumed_on_other_ranks_visits_the_rest_of_the_plan",
          "return self.pruner.visited // self.world", "return self.pruner.visited"),
         ("ranks-share-item-seeds",
-         "test_core/test_item_seed.py "
-         "test_engine/test_ranks.py::test_ranks_together_train_as_one",
+         "test_core/test_item_seed.py test_engine/test_ranks.py::test_ranks_together_train_as_one",
          "own_position * self.world + self.rank)", "own_position)"),
     ],
     "core/rng.py": [
@@ -285,11 +220,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "loop/infobatch.py": [
         ("logged-loss-is-the-plain-mean",
-         "test_loop/test_users.py "
-         "test_loop/test_infobatch.py "
-         "test_loop/test_scheduler.py "
-         "test_loop/test_users.py "
-         "test_loop/test_misbehaving.py",
+         "test_loop/test_users.py " + LOOP,
          "self._last = weights if walk.plan.pruned or isinstance(scale, Tensor) else None, taken",
          "self._last = None, taken"),
     ],
@@ -331,9 +262,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("resumed-by-hand-begins-anew", "test_engine/test_configs_of_users.py::test_resuming_a_runner_by_hand",
          "pruned._iter, pruned._epoch = loop.iter, loop.epoch", "pass"),
         ("watched-epoch-never-ends",
-         "test_engine/test_configs_of_users.py "
-         "test_engine/test_console.py "
-         "test_engine/test_parity.py",
+         "test_engine/test_configs_of_users.py test_engine/test_console.py test_engine/test_parity.py",
          "return left if later == 0 else 0", "return 0"),
     ],
     "engine/checkpoints.py": [
@@ -397,8 +326,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "engine/samplers.py": [
         ("contradicting-settings-not-refused",
-         "test_engine/test_policies_in_configs.py "
-         "test_engine/test_bad_input.py",
+         "test_engine/test_policies_in_configs.py test_engine/test_bad_input.py",
          "if settings.get(key) not in (None, value):", "if False:"),
     ],
     "losses/reduction.py": [
@@ -414,14 +342,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "losses/tally.py": [
         ("rows-add-up-to-a-score",
-         "test_losses/test_weigher.py "
-         "test_losses/test_views.py "
-         "test_losses/test_mmpretrain_heads.py",
+         "test_losses/test_weigher.py test_losses/test_views.py test_losses/test_mmpretrain_heads.py",
          "self.add(added(scores) / numbers, numbers > 0)", "self.add(added(scores), numbers > 0)"),
         ("valid-in-all-terms",
-         "test_losses/test_weigher.py "
-         "test_losses/test_views.py "
-         "test_losses/test_nothing_valid.py "
+         "test_losses/test_weigher.py test_losses/test_views.py test_losses/test_nothing_valid.py "
          "test_losses/test_mmseg_heads.py",
          "self.scored = scores + mean_loss, any_valid | valid", "self.scored = scores + mean_loss, any_valid & valid"),
         ("mixed-scores-not-divided", "test_losses/test_mmpretrain_mixing.py",
@@ -433,9 +357,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "losses/sound.py": [
         ("valid-sample-quarantined",
-         "test_losses/test_universal_path.py "
-         "test_losses/test_bad_heads.py "
-         "test_losses/test_nothing_valid.py "
+         "test_losses/test_universal_path.py test_losses/test_bad_heads.py test_losses/test_nothing_valid.py "
          "test_losses/test_mmdet.py",
          "return (own <= _SOUND * whole) | moved(valid, own.device)", "return own <= _SOUND * whole"),
     ],
