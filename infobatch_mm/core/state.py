@@ -165,8 +165,10 @@ def check_fits(state: PrunerState, training: Training) -> None:
             f"{state.fingerprint!r}, this data set has {training.fingerprint!r}); resume with the data set it was "
             "trained on"
         )
-    rule = training.store.rule  # of a user's instance, whose name need not be registered
-    if (key := rule.damaged(state.store, state.num_samples)) is not None and state.settings.get("score") == rule.name:
+    rule = training.store.rule
+    # A user's instance need not be registered, and parse() has not asked it then.
+    is_unknown = rule.name not in registered() and rule.name == state.settings["score"]
+    if is_unknown and (key := rule.damaged(state.store, state.num_samples)) is not None:
         raise damaged(key)
     here = {**training.policy.settings(), **training.store.settings()}
     if state.settings != here:

@@ -187,7 +187,7 @@ class InfoBatchHook(Hook):
             "pruner": run.training.state_dict(),
             "scheduler_steps": run.steps_taken,
             "wall_time_s": self._books.wall_time,
-            "num_repeats": run.num_repeats,
+            "num_repeats": run.loader.num_repeats,
             "mixes": self._weigher.mixes,
             **processes,
         }

@@ -116,6 +116,11 @@ class IndexedLoader(DataLoader):
         return len(self.units.dataset)
 
     @property
+    def num_repeats(self) -> int:
+        """Visits of a sample in a row, of repeated augmentation."""
+        return getattr(self.sampler, "repeats", 1)
+
+    @property
     def host_collate_fn(self) -> Callable:
         """The host's collation, of items without their indices."""
         return self.collate_fn.collate_fn

@@ -34,7 +34,7 @@ def capture(runner: Any, generators: Mapping[str, Any] | None = None, alone: boo
     accumulating = any(not wrapper.should_update() for wrapper in wrappers)
     names = [name for name, p in parameters.items() if accumulating and p.grad is not None]
     own = rng.capture() if generators is None else generators
-    state: dict[str, Any] = {"inner_counts": [wrapper._inner_count for wrapper in wrappers]}
+    state: dict[str, Any] = {"inner_counts": inner_counts(runner)}
     if alone or runner.world_size == 1:
         gradients = {name: _gradient(parameters[name]).cpu() for name in names}
         return {**state, "rng": [own], "buffers": [{}], "gradients": gradients}
@@ -121,6 +121,11 @@ def optim_wrappers(runner: Any) -> list[Any]:
     """The optimiser wrappers of a runner, also where they are several."""
     wrapper = runner.optim_wrapper
     return list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+
+
+def inner_counts(runner: Any) -> list[int]:
+    """By how many batches each optimiser wrapper has gone on, by which it knows when to update."""
+    return [wrapper._inner_count for wrapper in optim_wrappers(runner)]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

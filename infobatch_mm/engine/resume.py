@@ -72,7 +72,7 @@ def checked(runner: Any, run: Run, state: dict[str, Any] | None) -> dict[str, An
         if distinct := run.loader.units.distinct:
             check_units(saved.get("num_samples"), training.schedule.num_samples, distinct)
         state["pruner"] = training.check_state(saved)
-        check_repeats(state.get("num_repeats", 1), run.num_repeats)
+        check_repeats(state.get("num_repeats", 1), run.loader.num_repeats)
     if is_main_process():  # to others a file may appear late
         check_summary(runner.work_dir, training.summary())
     return state

@@ -45,11 +45,6 @@ class Run(ABC):
         self._updates_before: list[int] = []
         self.processes: Mapping[str, Any] | None = None
 
-    @property
-    def num_repeats(self) -> int:
-        """Visits of a sample in a row, of repeated augmentation."""
-        return getattr(self.loader.sampler, "repeats", 1)
-
     # ---- a batch ----------------------------------------------------------------------------------
 
     def begin_epoch(self) -> None:
@@ -66,7 +61,7 @@ class Run(ABC):
             self.say_what_is_not_separable(runner)
         # Taken here and kept: another hook may walk the loader before the step is over.
         self.batch = runner.train_dataloader.take(data_batch)
-        self._updates_before = _updates(runner)
+        self._updates_before = process_state.inner_counts(runner)
         self._weigh(self.batch.indices)
 
     @abstractmethod
@@ -86,7 +81,7 @@ class Run(ABC):
             # A pipeline that returned None had another sample in this one's place.
             valid = valid & ~moved(replaced, valid.device) if bool(replaced.any()) else valid
             self.training.record(indices, scores, valid)
-        elif reached or _updates(runner) != self._updates_before:
+        elif reached or process_state.inner_counts(runner) != self._updates_before:
             raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
         else:  # a train_step left it out, as after a NaN
             self.training.own_skipped += len(indices)
@@ -247,8 +242,3 @@ class WatchedRun(Run):
     def resumed(self, runner: Any, state: Mapping[str, Any]) -> None:
         if isinstance(self.training.schedule, EpochSchedule):
             self.training.visited = 0  # the host's own loop begins its epoch again
-
-
-def _updates(runner: Any) -> list[int]:
-    """By how many batches each optimiser has gone on."""
-    return [wrapper._inner_count for wrapper in process_state.optim_wrappers(runner)]

@@ -67,7 +67,7 @@ def wired(
         else:
             loop, loader = take_over(runner, loop)
         training = _training(runner, loop, loader, policy, settings)
-    require_equal(num_repeats=getattr(loader.sampler, "repeats", 1), **training.identity())
+    require_equal(num_repeats=loader.num_repeats, **training.identity())
     if isinstance(training, Pruner):
         return PrunedRun(runner, loop, training, loader, views, weigher, undo)
     assert isinstance(training, Watcher)
