@@ -16,7 +16,7 @@ from mmseg.models.decode_heads import FCNHead
 from oracle import make_inputs, make_labels, make_samples, total
 from oracle_losses import tiny_model
 
-import infobatch_mm.losses.hosts.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
+import infobatch_mm.losses.hosts.mmseg  # noqa: F401 - registers for good what a test must not register for itself
 from infobatch_mm.losses import LossWeigher, attach_views, registry
 
 SNIPPETS = re.findall(

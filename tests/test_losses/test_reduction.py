@@ -18,7 +18,7 @@ from oracle import (
 )
 from oracle_losses import labels_of, losses_alone, passes, weighted, weighted_mean, with_head
 
-import infobatch_mm.losses.hosts.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
+import infobatch_mm.losses.hosts.mmseg  # noqa: F401 - registers for good what a test must not register for itself
 from infobatch_mm.losses import (
     HeadRule,
     LossWeigher,

@@ -18,7 +18,7 @@ from oracle_losses import (
     with_head,
 )
 
-import infobatch_mm.losses.hosts.mmseg  # noqa: F401  (registers the host's own, once and for all tests)
+import infobatch_mm.losses.hosts.mmseg  # noqa: F401 - registers for good what a test must not register for itself
 from infobatch_mm.losses import (
     HeadRule,
     LossWeigher,

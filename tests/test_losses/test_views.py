@@ -25,6 +25,7 @@ from oracle import (
 )
 from oracle_losses import labels_of, passes, tiny_model, with_head
 
+import infobatch_mm.losses.hosts.mmseg  # noqa: F401 - registers for good what a test must not register for itself
 from infobatch_mm.losses import LossWeigher, attach_views, register_head_rule, register_samplewise_loss, registry
 
 SIZE = (8, 8)

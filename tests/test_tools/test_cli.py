@@ -66,6 +66,7 @@ def test_train_runs_under_both_scripts_and_the_result_can_be_tested(scenes: Path
         assert "mIoU" in tested.stdout
 
 
+@pytest.mark.slow  # test_faults.py kills runs at random moments
 def test_kill_and_resume_ends_where_the_straight_run_ends(scenes: Path, tmp_path: Path) -> None:
     straight = run(OURS, PRUNED, "--work-dir", tmp_path / "straight", *options(scenes), cwd=tmp_path)
     assert straight.returncode == 0, straight.stdout + straight.stderr

@@ -438,10 +438,16 @@ def test_summaries_of_earlier_versions_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typo", "found"),
     [
-        ("custom_hooks = [dict(type='InfoBatchHook', prune_ration=0.5)]", "prune_ration"),
-        ("model = dict(decode_head=dict(type='NoSuchHead'))", "NoSuchHead"),
+        pytest.param(
+            "custom_hooks = [dict(type='InfoBatchHook', prune_ration=0.5)]", "prune_ration", marks=pytest.mark.slow
+        ),
+        pytest.param("model = dict(decode_head=dict(type='NoSuchHead'))", "NoSuchHead", marks=pytest.mark.slow),
         ("custom_hooks = [dict(type='InfoBatchHook'), dict(type='InfoBatchHook')]", "more than one InfoBatchHook"),
-        ("val_dataloader = dict(dataset=dict(data_prefix=dict(img_path='nowhere')))", "nowhere"),
+        pytest.param(
+            "val_dataloader = dict(dataset=dict(data_prefix=dict(img_path='nowhere')))",
+            "nowhere",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["an argument of the hook", "a head", "what only the wiring of a run can find", "a folder of the validation"],
 )
