@@ -18,6 +18,7 @@ class Batch:
         index (Tensor): Sample indices, shape ``(B,)``, int64, on the accelerator's device.
         weights (Tensor): Shape ``(B,)``, float32, there too.
         pass_index (int): The pass it belongs to.
+        lr_factor (float): What the learning rates of its step are multiplied by.
         is_weighed (bool): Whether it was weighed.
         is_settled (bool): Whether it was counted as skipped, when the next one was asked for.
     """
@@ -25,6 +26,7 @@ class Batch:
     index: Tensor
     weights: Tensor
     pass_index: int
+    lr_factor: float = 1.0
     is_weighed: bool = False
     is_settled: bool = False
 

@@ -16,6 +16,7 @@ from ..core.checks import checked_length, whole_number
 from ..core.distributed import require_equal
 from ..core.lengths import length_line
 from ..core.meeting import PATIENCE_S
+from ..core.sample_norms import norms_to_come
 from ..core.score_rule import ScoreRule
 from ..core.short_runs import short_run_line
 from ..policies import NoPruning
@@ -23,6 +24,7 @@ from .batch import Batch, ranked_by
 from .checkpoints import CheckpointEntry, alike
 from .checks import check_accelerator, check_unprepared
 from .loader import LoaderGeometry, PrunedLoader
+from .model import ScriptModel
 from .order import Order, OwnOrder, PlannedOrder
 from .scheduler import PassScheduler, steps_by_update, warn_of_others
 from .standing import ScriptStanding
@@ -30,7 +32,7 @@ from .updates import steps_due
 from .walk import PassWalk
 
 
-class AcceleratedInfoBatch(ScriptStanding):
+class AcceleratedInfoBatch(ScriptStanding, ScriptModel):
     """InfoBatch for a training script on accelerate, such as diffusers' examples.
 
     Its :meth:`prepare` takes the place of ``accelerator.prepare``; the batches stay what they were, the losses go
@@ -43,8 +45,10 @@ class AcceleratedInfoBatch(ScriptStanding):
         dataloader (DataLoader): The training data, before it is prepared: a map-style data set, a batch size,
             ``shuffle=True`` or ``False``.
         num_epochs (int, optional): Passes over the data in the whole training, at least 1.
-        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
-        delta (float): Share of the training after which every sample is visited, in (0, 1]. Defaults to 0.875.
+        prune_ratio (float, optional): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to the
+            policy's own, 0.5 for most.
+        delta (float, optional): Share of the training after which every sample is visited, in (0, 1]. Defaults to the
+            policy's own, 0.875 for most.
         max_train_steps (int, optional): Optimiser steps of the whole unpruned training, at least 1, where the script
             counts it so; takes the place of ``num_epochs``. The last pass may then be partial, and a pruned training
             makes fewer steps.
@@ -88,8 +92,8 @@ class AcceleratedInfoBatch(ScriptStanding):
         accelerator: Accelerator,
         dataloader: DataLoader,
         num_epochs: int | None = None,
-        prune_ratio: float = 0.5,
-        delta: float = 0.875,
+        prune_ratio: float | None = None,
+        delta: float | None = None,
         *,
         max_train_steps: int | None = None,
         policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
@@ -135,6 +139,7 @@ class AcceleratedInfoBatch(ScriptStanding):
         self._rebuilt = order.rebuilt(dataloader)
         self._schedulers: list[PassScheduler] = []
         self._checkpoints: CheckpointEntry
+        self._begin_model(self._pruner)
         self._last: tuple[Batch, Tensor] | None = None  # what was weighed last, and its losses
         for earlier in [each for each in accelerator._custom_objects if isinstance(each, AcceleratedInfoBatch)]:
             if alike(earlier._dataloader.dataset, dataloader.dataset):
@@ -177,7 +182,13 @@ class AcceleratedInfoBatch(ScriptStanding):
                 prepared[i] = self._pass_scheduler(result)
         return tuple(prepared) if len(prepared) > 1 else prepared[0]
 
-    def weigh(self, losses: Tensor, scores: Tensor | None = None, log_snr: Tensor | None = None) -> Tensor:
+    def weigh(
+        self,
+        losses: Tensor,
+        scores: Tensor | None = None,
+        log_snr: Tensor | None = None,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
         """Weigh the losses of the batch in hand, the one that the loader gave last, and record them as scores.
 
         Waits neither for a device nor for other processes.
@@ -192,6 +203,9 @@ class AcceleratedInfoBatch(ScriptStanding):
             log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
                 shape ``(B,)``, as :func:`.log_snr` has it of a scheduler of diffusers; needed for ``score='timestep'``,
                 not looked at otherwise.
+            outputs (Tensor, optional): What the losses were computed from, such as a model's prediction, shape
+                ``(B, ...)``, for ``score='gradient'``, which goes by the gradient there unless :meth:`observe` was
+                given a layer, or ``scores`` are given; not looked at otherwise.
 
         Returns:
             Tensor: Scalar ``mean(weight * loss)``, float32, for ``accelerator.backward``. A second call for the same
@@ -206,8 +220,14 @@ class AcceleratedInfoBatch(ScriptStanding):
         per_sample = batch.per_sample(losses, "losses")
         ranked = per_sample if scores is None else ranked_by(per_sample, batch.per_sample(scores, "scores"))
         self._last = batch, per_sample.detach()
+        weighted = batch.weighted(per_sample)
+        if (rule := self._pruner.store.rule).takes_norms:
+            layer, outputs = (None, None) if scores is not None else (self._layer, outputs)
+            norms = norms_to_come(rule, layer, per_sample, outputs)
+            factors = batch.weights / len(per_sample)
+            ranked = ranked.clamp(min=0) if norms is None else norms.expect(per_sample, factors, weighted)
         self._walk.take(batch, ranked, log_snr)
-        return batch.weighted(per_sample)
+        return weighted
 
     @property
     def index(self) -> Tensor:
@@ -265,7 +285,7 @@ class AcceleratedInfoBatch(ScriptStanding):
 
     def _steps_due(self) -> int:
         """Scheduler steps that the unpruned run would have taken by now."""
-        due = steps_due(self._walk, self._pruner, self._geometry.batch_size, self._accumulated)
+        due = steps_due(self._walk, self._pruner, self._accumulated)
         return due * self._per_update
 
     def _check_schedulers(self) -> None:

@@ -23,6 +23,8 @@ class LoaderGeometry:
 
     Attributes:
         batch_size (int): Global batch size, over all processes.
+        shares (int): Parts of it that the loader gives, 1 where accelerate splits batches, else one for each process.
+        world (int): Number of processes.
         epoch_batches (int): Steps of an epoch, on the process that makes the most of them.
         ragged (bool): Whether the last step of a full epoch finds no samples, or fewer, on some processes.
         shuffle (bool): Whether epochs are in random order.
@@ -48,7 +50,8 @@ class LoaderGeometry:
                 f"split_batches=True shares a batch of {batching.batch_size} among {world} processes: use a "
                 "batch_size that divides by their number"
             )
-        self.batch_size = batching.batch_size * (1 if accelerator.split_batches else world)
+        self.world, self.shares = world, 1 if accelerator.split_batches else world
+        self.batch_size = batching.batch_size * self.shares
         self.drop_last = batching.drop_last
         self.shuffle = not isinstance(batching.sampler, SequentialSampler)
         batches = num_samples / self.batch_size

@@ -62,6 +62,7 @@ class PlannedOrder(Order):
                 f"one global batch holds {geometry.batch_size} samples but the data set only "
                 f"{training.schedule.num_samples}: there is nothing to prune within a pass; use a smaller batch size"
             )
+        training.share_batches(geometry.world)
 
     def rebuilt(self, loader: DataLoader) -> DataLoader:
         """The user's loader, walking plans.
@@ -80,6 +81,8 @@ class PlannedOrder(Order):
         return _indexed(loader, _EvenPlanSampler(self._training, self._geometry.multiple))
 
     def rest(self, prepared: DataLoader, done: int) -> DataLoader:
+        if self._training.policy.keep == "steps":
+            _set_batches(prepared, self._training.pass_batch // self._geometry.shares)
         return prepared  # its sampler begins where the pass stands
 
     def outlasts(self, batches: int) -> bool:
@@ -127,6 +130,14 @@ def _indexed(loader: DataLoader, sampler: Sampler | Any) -> DataLoader:
     )
 
 
+def _set_batches(prepared: DataLoader, size: int) -> None:
+    """Have the batches of a prepared loader hold so many samples, in the batch samplers that accelerate wraps too."""
+    sampler: Any = prepared.batch_sampler
+    while sampler is not None:
+        sampler.batch_size = size
+        sampler = getattr(sampler, "batch_sampler", None)
+
+
 class _SeededBatches(BatchSampler):
     """Batches in the order of any sampler, whose indices carry the seeds of their items.
 
@@ -155,7 +166,12 @@ class _EvenPlanSampler(PlanSampler):
         self._multiple = multiple
 
     def _share(self, indices: Tensor) -> Tensor:
-        return filled_up(indices, self._multiple)
+        return filled_up(indices, self._fills)
 
     def _share_of(self, visits: int) -> int:
-        return visits + -visits % self._multiple
+        return visits + -visits % self._fills
+
+    @property
+    def _fills(self) -> int:
+        plan = self.pruner.plan
+        return 1 if plan is not None and plan.pruned else self._multiple  # smaller batches are full as they are

@@ -8,26 +8,26 @@ from ..core.training import Training
 from .walk import PassWalk
 
 
-def steps_due(walk: PassWalk, training: Training, batch_size: int, accumulated: int) -> int:
+def steps_due(walk: PassWalk, training: Training, accumulated: int) -> int:
     """Updates that the unpruned run would have made by now.
 
     Args:
         walk (PassWalk): Where the training stands.
         training (Training): Its books.
-        batch_size (int): Global batch size.
         accumulated (int): Batches to an update.
     """
     if not training.visited:
         return walk.schedule.steps_before(training.pass_index)
-    updates = math.ceil(walk.batches / accumulated)
-    return walk.schedule.steps_at(training.pass_index, _updates(training.visited, batch_size, accumulated), updates)
+    done, updates = (math.ceil(batches / accumulated) for batches in (walk.batches_done, walk.batches))
+    return walk.schedule.steps_at(training.pass_index, done, updates)
 
 
 def updates_expected(walk: PassWalk, training: Training, batch_size: int, accumulated: int) -> int:
     """Updates of the whole training; how many the passes to come make is estimated from the last pruned one.
 
     Args:
-        walk, training, batch_size, accumulated: As for :func:`steps_due`.
+        walk, training, accumulated: As for :func:`steps_due`.
+        batch_size (int): Global batch size.
     """
     schedule = walk.schedule
 
@@ -44,7 +44,8 @@ def updates_expected(walk: PassWalk, training: Training, batch_size: int, accumu
         ratio = len(training.plan) / schedule.full_visits(training.pass_index)
     for coming in range(training.pass_index + is_begun, schedule.num_passes):
         whole = schedule.full_visits(coming)
-        total += _updates(round(whole * ratio) if prunes(coming) else whole, batch_size, accumulated)
+        fewer = prunes(coming) and training.policy.keep == "batch"
+        total += _updates(round(whole * ratio) if fewer else whole, batch_size, accumulated)
     return total
 
 

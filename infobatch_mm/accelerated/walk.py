@@ -22,6 +22,7 @@ from .batch import Batch
 from .loader import LoaderGeometry, draws_nothing
 from .notices import ScriptNotices
 from .order import Order
+from .rates import ScriptRates
 
 
 class PassWalk:
@@ -58,6 +59,7 @@ class PassWalk:
         self.iterations = 0
         self.updates_done = 0
         self._notices = ScriptNotices(accelerator.is_main_process)
+        self._rates = ScriptRates(accelerator, training)
         self._meeting = Meeting()
         self._time_before = 0.0
         self.restart(0.0)
@@ -93,7 +95,7 @@ class PassWalk:
     @property
     def batches_done(self) -> int:
         """Of these, the ones that are done."""
-        return math.ceil(self._training.visited / self._geometry.batch_size)
+        return math.ceil(self._training.visited / self._training.pass_batch)
 
     @property
     def is_pass_over(self) -> bool:
@@ -110,13 +112,13 @@ class PassWalk:
         """Visits of the current pass, over all processes; without what ``drop_last`` leaves out."""
         plan = self._training.plan
         planned = self.schedule.num_samples if plan is None else len(plan)
-        return min(planned, self.batches * self._geometry.batch_size)
+        return min(planned, self.batches * self._training.pass_batch)
 
     @property
     def _is_even(self) -> bool:
         """Whether every batch of the current pass is full, so that all processes make as many steps."""
         plan = self._training.plan
-        return plan is not None and self._visits % self._geometry.batch_size == 0
+        return plan is not None and self._visits % self._training.pass_batch == 0
 
     # ---- a walk ------------------------------------------------------------------------------------
 
@@ -145,7 +147,7 @@ class PassWalk:
         batches, cut = self._batches_from(prepared)
         for index, batch in batches:
             self._settle()
-            self.in_hand = Batch(index, training.weights(index), training.pass_index)
+            self.in_hand = Batch(index, training.weights(index), training.pass_index, training.lr_factor())
             yield batch
             if walk != self.walks:
                 raise ValueError(
@@ -191,6 +193,7 @@ class PassWalk:
             ranked (Tensor): What its samples are ranked by, shape ``(B,)``, float32.
             log_snr (Tensor, optional): Their noise levels, shape ``(B,)``.
         """
+        self._rates.weighed(batch.lr_factor)
         if batch.is_weighed:
             return
         batch.is_weighed = True
@@ -238,13 +241,14 @@ class PassWalk:
 
     def _advance(self) -> None:
         """Move on by the batch in hand, of all processes."""
-        self._training.advance(min(self._geometry.batch_size, self._visits - self._training.visited))
+        self._training.advance(min(self._training.pass_batch, self._visits - self._training.visited))
 
     # ---- the end of a pass -------------------------------------------------------------------------
 
     def finish_pass(self) -> None:
         """End the pass, and say what it came to; every process must call it."""
         self._touched = False
+        self._rates.pass_over()
         training = self._training
         entry = training.finish_pass()
         found = training.store.num_nonfinite

@@ -1,8 +1,10 @@
 """Scores, plans, policies and samplers; knows torch and numpy only."""
 
+from .annealed import AnnealedPolicy
+from .chances import Chances, Thinning
 from .collate import keeps_order
 from .plan import Plan, full_plan, thinned_plan
-from .policy import AnnealedPolicy, PruningPolicy, Snapshot, Thinning
+from .policy import PruningPolicy, Snapshot
 from .policy_registry import build_policy, register_policy
 from .pruner import Pruner
 from .sampler import PlanSampler
@@ -14,6 +16,7 @@ from .watcher import Watcher
 
 __all__ = [
     "AnnealedPolicy",
+    "Chances",
     "EpochSchedule",
     "IterSchedule",
     "Plan",

@@ -33,6 +33,8 @@ class Books:
             far, or of a pass that was drawn again.
         full_before (int): What the unpruned run would have made in their place, as far as it differs from what
             the schedule says.
+        forward_visits (int): Visits that only estimated running statistics, without a backward pass; none of the
+            others.
         history (list[dict]): One entry per finished pass: ``pass, kept, skipped, kept_ratio, threshold, score_mean``;
             ``kept`` counts visits that were weighed, ``skipped`` those that were only handed out.
     """
@@ -50,6 +52,7 @@ class Books:
         self._corrections: dict[int, int] = {}
         self.visits_before = 0
         self.full_before = 0
+        self.forward_visits = 0
         self.history: list[dict[str, Any]] = []
         self._booked = {"kept": 0, "skipped": 0}  # sums over the history, which has thousands of passes at times
 
@@ -203,6 +206,7 @@ class Books:
             "visits_full": self.visits_full,
             "saved_ratio": self.saved_ratio,
             "visits_skipped": self.visits_skipped,
+            "forward_visits": self.forward_visits,
             "nonfinite_losses": self.store.num_nonfinite,
             "unusable_visits": self.store.num_invalid,
             "unscored_samples": self.store.num_unscored,

@@ -53,6 +53,18 @@ def end_line(training: Training, wall_time_s: float | None = None) -> str:
     return (
         f"InfoBatch: {_count(training.visits, 'visit')}{skipped} in place of {training.visits_full:,}, "
         f"{training.saved_ratio:.1%} saved, in {_count(training.pass_index, 'pass', 'passes')}{time}"
+        + _short_of_target(training)
+    )
+
+
+def _short_of_target(training: Training) -> str:
+    """What is said where the policy could not save as much as it was to; '' elsewhere."""
+    target = training.policy.settings().get("target_saving")
+    if not training.finished or target is None or training.saved_ratio >= target - 0.01:
+        return ""
+    return (
+        f"; less than target_saving={target}: the policy could skip no more, as where too few samples are below the "
+        "mean; raise delta, or take policy='variance'"
     )
 
 

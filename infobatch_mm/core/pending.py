@@ -36,8 +36,16 @@ class PendingRecords:
         self.is_due = False
 
     def add(self, record: Record) -> None:
-        """Keep the record of one more batch; its tensors are not to be changed afterwards."""
+        """Keep the record of one more batch.
+
+        Its tensors are not to be changed by whoever records them. Only norms of gradients still come in: the backward
+        pass fills them in later, in place. So a record stays as it is until the next one comes.
+        """
+        self.make_room()
         self._loose.append(record)
+
+    def make_room(self) -> None:
+        """Join the records so far, if they are many; call it before :attr:`is_due` is looked at for one more."""
         if len(self._loose) >= _JOIN_EVERY:
             # A run on one set of devices is joined there: a move to another one might wait.
             for _, run in groupby(self._loose, _devices):

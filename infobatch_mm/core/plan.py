@@ -17,11 +17,14 @@ class Plan:
     Attributes:
         indices (Tensor): Samples in the order of their visits, shape ``(K,)``, int64.
         weights (Tensor): Weight of each visit, shape ``(K,)``, float32: the inverse of the chance with
-            which the draw included it, 1 for samples that were certain to be kept.
+            which the draw included it, 1 for samples that were certain to be kept; all times ``scale``.
         pruned (bool): Whether the policy left samples out. A full pass is not pruned, even where the
             host's ``drop_last`` leaves a remainder unvisited.
         threshold (float, optional): Score below which a sample counts as well learned in this pass.
         blanks (tuple[int, int]): Samples without a valid pixel when it was drawn, in the data set and among its visits.
+        scale (float): What all weights were multiplied by; see :meth:`with_mean_weight_one`. Defaults to 1.
+        batch_size (int, optional): Visits of this pass in a batch, over all processes, where they are fewer than usual.
+            Defaults to None: as many as the schedule says.
     """
 
     indices: Tensor
@@ -29,6 +32,8 @@ class Plan:
     pruned: bool
     threshold: float | None = None
     blanks: tuple[int, int] = (0, 0)
+    scale: float = 1.0
+    batch_size: int | None = None
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -41,7 +46,7 @@ class Plan:
         chance that the plan holds both: the inverse of the product of their own chances, but that k of n
         samples drawn without replacement are together with the chance k (k-1) / (n (n-1)). It is 1 in full
         passes and where a policy does not rescale. Exact for a whole plan whose thinned samples weigh alike,
-        as InfoBatch's do; otherwise to the order of 1/k.
+        as InfoBatch's do; otherwise to the order of 1/k. A common ``scale`` of the weights is the pairs' as well.
 
         Args:
             first (Tensor): Weights of the one sample of each pair, any shape, on any device.
@@ -51,7 +56,7 @@ class Plan:
             Tensor: Of the same shape, float32.
         """
         scale, level, without_replacement = self._pairs
-        both = first * second * scale
+        both = first * second * (scale / self.scale)
         return torch.where((first == level) & (second == level), both * without_replacement, both)
 
     @cached_property
@@ -59,11 +64,11 @@ class Plan:
         """(K-1) / (N-1), the weight of thinned samples, and what drawing them without replacement changes."""
         level = float(self.weights.max()) if len(self) else 1.0
         kept = int(torch.count_nonzero(self.weights == level))
-        if level == 1.0 or len(self) < 2:
+        if level == self.scale or len(self) < 2:
             return 1.0, level, 1.0
         # An unbiased plan's weights add up to the samples it stands for.
-        population = float(self.weights.sum(dtype=torch.float64))
-        candidates = level * kept
+        population = float(self.weights.sum(dtype=torch.float64)) / self.scale
+        candidates = level / self.scale * kept
         without_replacement = kept * (candidates - 1) / (max(1, kept - 1) * candidates)  # one alone makes no pair
         return (len(self) - 1) / (population - 1), level, without_replacement
 
@@ -72,6 +77,13 @@ class Plan:
         if visits >= len(self):
             return self
         return replace(self, indices=self.indices[:visits].clone(), weights=self.weights[:visits].clone())
+
+    def with_mean_weight_one(self) -> Plan:
+        """The same plan with weights divided by their mean: steps as large as the host's, in the unbiased direction."""
+        if not self.pruned:
+            return self
+        scale = len(self) / float(self.weights.sum(dtype=torch.float64))
+        return replace(self, weights=(self.weights * scale).to(torch.float32), scale=self.scale * scale)
 
     def sorted(self) -> Plan:
         """The same visits in the order of the data set."""
@@ -129,6 +141,32 @@ def thinned_plan(
     ones = torch.ones(len(order), dtype=torch.float32, device="cpu")
     weights = ones.masked_fill_(order < num_kept, num_candidates / num_kept)
     return Plan(kept.index_select(0, order), weights, pruned=num_kept < num_candidates, threshold=threshold)
+
+
+def drawn_plan(
+    certain: np.ndarray,
+    drawn: np.ndarray,
+    weights: np.ndarray,
+    generator: torch.Generator,
+    threshold: float | None = None,
+) -> Plan:
+    """A plan of samples that are visited in any case and of drawn ones, in random order.
+
+    Args:
+        certain (ndarray): Samples of weight 1, shape ``(c,)``, int64.
+        drawn (ndarray): The others, shape ``(k,)``, int64.
+        weights (ndarray): Of the drawn ones, shape ``(k,)``, floats.
+        generator (torch.Generator): Source of the order.
+        threshold (float, optional): Recorded in the plan.
+
+    Returns:
+        Plan: c + k visits.
+    """
+    order = _permutation(len(drawn) + len(certain), generator)
+    indices = torch.from_numpy(np.concatenate([drawn, certain]))
+    each = torch.ones(len(order), dtype=torch.float32, device="cpu")
+    each[: len(drawn)] = torch.from_numpy(weights)
+    return Plan(indices.index_select(0, order), each.index_select(0, order), pruned=True, threshold=threshold)
 
 
 def _permutation(length: int, generator: torch.Generator) -> Tensor:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .checks import is_number, plain, what_is_wrong
-from .plan import Plan, thinned_plan
+from .chances import Chances, Thinning
+from .checks import plain
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -23,41 +24,21 @@ class Snapshot:
         seen (Tensor): Which samples have a score, shape ``(N,)``, bool.
         times_seen (Tensor): How often one was recorded, shape ``(N,)``, int32.
         progress (float): Share of the training that is done, in [0, 1).
+        pass_index (int): Passes that are done. Defaults to 0.
+        pass_share (float): Share of the training that a whole pass is, in (0, 1]. Defaults to 1.
+        saved (float): Visits that were saved so far, as a share of the whole unpruned training's. Defaults to 0.
+        columns (Mapping): What else the score keeps of each sample, by name, shape ``(N,)`` each; see
+            :attr:`.ScoreRule.columns`. Defaults to none.
     """
 
     scores: Tensor
     seen: Tensor
     times_seen: Tensor
     progress: float
-
-
-@dataclass(frozen=True)
-class Thinning:
-    """A mask and a ratio: the common case of chances.
-
-    Attributes:
-        candidates (Tensor): Samples that are skipped with chance ``ratio``, shape ``(N,)``, bool; the others are
-            visited for certain.
-        ratio (float): In [0, 1).
-        threshold (float, optional): Score below which a sample is a candidate, for the log.
-    """
-
-    candidates: Tensor
-    ratio: float
-    threshold: float | None = None
-
-    def drawn(self, generator: torch.Generator, multiple_of: int) -> Plan | None:
-        """A plan with these chances, as near as full batches allow; None where it would leave nothing out.
-
-        The number of kept candidates is brought to where the visits make full batches, but no further than that a
-        weight stays within twice the nominal 1/(1-r).
-        """
-        num_candidates = int(torch.count_nonzero(self.candidates))
-        num_others = self.candidates.numel() - num_candidates
-        num_kept = kept_count(num_candidates, num_others, self.ratio, multiple_of)
-        if num_kept == num_candidates:
-            return None
-        return thinned_plan(self.candidates, num_kept, generator, threshold=self.threshold)
+    pass_index: int = 0
+    pass_share: float = 1.0
+    saved: float = 0.0
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class PruningPolicy(ABC):
@@ -71,20 +52,34 @@ class PruningPolicy(ABC):
     #: Name under which users select the policy and checkpoints record it.
     name: str
     #: Whether it prunes nothing before samples have scores, hence nothing in a training of one pass.
-    needs_scores = False
+    needs_scores: ClassVar[bool] = False
+    #: Whether sums over its plans, by their weights, are those over the data in expectation.
+    unbiased: ClassVar[bool] = True
+    #: Name of the score that it goes by where the user names none; None for the last loss.
+    score: ClassVar[str | None] = None
+    #: ``'unbiased'`` for weights of 1/pi, ``'step'`` for the same divided by their mean over the plan.
+    rescale: str = "unbiased"
+    #: ``'batch'`` where a pruned pass makes fewer steps, ``'steps'`` where it makes as many on smaller batches.
+    keep: str = "batch"
+    #: By which power of their size the learning rates of smaller batches are multiplied; see :data:`.LR_RULES`.
+    lr_rule: str = "none"
 
     @abstractmethod
     def is_active(self, progress: float) -> bool:
         """Whether passes that start at ``progress`` (share of the whole training, in [0, 1)) are pruned."""
 
-    def chances(self, snapshot: Snapshot) -> Thinning | None:
+    def check_length(self, pass_share: float, batch_share: float) -> None:
+        """Refuse a training that is too short for the policy; see :meth:`.AnnealedPolicy.check_length`."""
+        return None
+
+    def chances(self, snapshot: Snapshot) -> Chances | Thinning | None:
         """With which chance a pass visits each sample.
 
         Args:
             snapshot (Snapshot): What is known of them. A policy that goes by scores never prunes samples without one.
 
         Returns:
-            Thinning | None: None for a full pass.
+            Chances | Thinning | None: A chance for each sample; or a mask and one ratio; None for a full pass.
         """
         raise NotImplementedError
 
@@ -98,14 +93,19 @@ class PruningPolicy(ABC):
         """
         if type(self).draw is not PruningPolicy.draw:
             return self.draw(snapshot.scores, snapshot.seen, generator, multiple_of)
-        return self._drawn(snapshot, generator, multiple_of)
+        plan = self._drawn(snapshot, generator, multiple_of)
+        return plan.with_mean_weight_one() if plan is not None and self.rescale == "step" else plan
 
     def _drawn(self, snapshot: Snapshot, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """A plan with the chances of :meth:`chances`, which are checked."""
         found = self.chances(snapshot)
         if found is None:
             return None
-        if (fault := _fault(found, len(snapshot.seen))) is not None:
+        if not isinstance(found, (Chances, Thinning)):
+            fault: str | None = f"chances() returned a {type(found).__name__}, expected a Thinning, Chances or None"
+        else:
+            fault = found.fault(len(snapshot.seen))
+        if fault is not None:
             raise ValueError(f"policy {self.name!r} ({type(self).__qualname__}) gave chances that cannot be: {fault}")
         return found.drawn(generator, multiple_of)
 
@@ -141,81 +141,3 @@ class PruningPolicy(ABC):
     def __str__(self) -> str:
         # Which is what MMEngine writes: a dataclass has a __repr__ of its own.
         return PruningPolicy.__repr__(self)
-
-
-def _fault(found: Any, num_samples: int) -> str | None:
-    """What is wrong with chances; None for nothing."""
-    if not isinstance(found, Thinning):
-        return f"chances() returned a {type(found).__name__}, expected a Thinning or None"
-    mask, ratio = found.candidates, plain(found.ratio)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (num_samples,):
-        what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        return f"candidates are {what}, expected a bool tensor of shape ({num_samples},)"
-    if not is_number(ratio) or not 0 <= ratio < 1:
-        return f"ratio={found.ratio!r}, expected a number in [0, 1)"
-    return None
-
-
-class AnnealedPolicy(PruningPolicy):
-    """What policies share that prune with a ratio r until the share δ of the training is done.
-
-    Args:
-        prune_ratio (float): Chance r that a candidate is skipped, in [0, 1). Defaults to 0.5.
-        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-
-    def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875) -> None:
-        check_ratio(prune_ratio)
-        check_delta(delta)
-        self.prune_ratio = float(prune_ratio)
-        self.delta = float(delta)
-
-    def is_active(self, progress: float) -> bool:
-        # The tolerance keeps 0.7 * 10 passes at seven: binary fractions must not add a pruned pass.
-        return self.prune_ratio > 0 and progress < self.delta - 1e-9
-
-    def settings(self) -> dict[str, Any]:
-        return {"policy": self.name, "prune_ratio": self.prune_ratio, "delta": self.delta}
-
-
-def kept_count(num_candidates: int, num_others: int, prune_ratio: float, multiple_of: int) -> int:
-    """How many of the candidates to keep: near ``(1 - r) * n``, and such that the visits divide.
-
-    Args:
-        num_candidates (int): Number n of well-learned samples.
-        num_others (int): Number of samples that are kept for certain.
-        prune_ratio (float): r in [0, 1).
-        multiple_of (int): Number m that ``num_others`` + k shall be a multiple of.
-
-    Returns:
-        int: k in [1, n], of those that divide the nearest to ``(1 - r) * n``, and at least half of it, so that the
-        weight n/k never exceeds 2/(1-r): one sample that stands for a thousand would make a step of its own. n itself
-        where no such k divides (only possible for n < 2m) or where n is 0: the pass is then a full one, which is
-        unbiased as well.
-    """
-    target = num_candidates * (1 - prune_ratio)
-    lower = math.floor((num_others + target) / multiple_of) * multiple_of - num_others
-    # The tolerance is for targets such as 0.3 * 10, whose half is not to fall on the wrong side of a whole number.
-    fitting = [k for k in (lower, lower + multiple_of) if max(1, target / 2 - 1e-9) <= k <= num_candidates]
-    return min(fitting, key=lambda k: abs(k - target), default=num_candidates)
-
-
-def check_ratio(prune_ratio: Any) -> None:
-    """Refuse a prune ratio that is outside [0, 1)."""
-    if not is_number(prune_ratio) or not 0 <= prune_ratio < 1:
-        raise ValueError(
-            f"prune_ratio={prune_ratio!r} {what_is_wrong(prune_ratio, '[0, 1)')}: it is the chance that a well-learned "
-            "sample is skipped; use 0.5 as in the paper, or 0 for full passes"
-        )
-
-
-def check_delta(delta: Any) -> None:
-    """Refuse a share of the training that is outside (0, 1]."""
-    if not is_number(delta) or not 0 < delta <= 1:
-        raise ValueError(
-            f"delta={delta!r} {what_is_wrong(delta, '(0, 1]')}: it is the share of the training after which pruning "
-            "stops; use 0.875 as in the paper, or 1 to prune to the end"
-        )

@@ -8,7 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from .policy import PruningPolicy, check_delta, check_ratio
+from .annealed import AnnealedPolicy, check_delta, check_ratio
+from .policy import PruningPolicy
 from .registry import claim
 
 P = TypeVar("P", bound=type[PruningPolicy])
@@ -55,8 +56,8 @@ def registered() -> dict[str, type[PruningPolicy]]:
 
 def build_policy(
     policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
-    prune_ratio: float = 0.5,
-    delta: float = 0.875,
+    prune_ratio: float | None = None,
+    delta: float | None = None,
     quantile: float | None = None,
 ) -> PruningPolicy:
     """Turn the user's choice into a policy.
@@ -65,8 +66,10 @@ def build_policy(
         policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'`` or the name of a registered one;
             ``dict(type=name, ...)`` with arguments of its own; or an instance. In place of the name, also a class or
             where it can be imported from, ``'module.Class'``. Defaults to ``'infobatch'``.
-        prune_ratio (float): r in [0, 1), for policies that take it; see :class:`.AnnealedPolicy`. Defaults to 0.5.
-        delta (float): In (0, 1], for policies that take it; see :class:`.AnnealedPolicy`. Defaults to 0.875.
+        prune_ratio (float, optional): r in [0, 1), for policies that take it; see :class:`.AnnealedPolicy`. Defaults to
+            the policy's own, 0.5 for most.
+        delta (float, optional): In (0, 1], for policies that take it; see :class:`.AnnealedPolicy`. Defaults to the
+            policy's own, 0.875 for most.
         quantile (float, optional): Of ``'infobatch'``; see :class:`.InfoBatchPolicy`. Not looked at by the others.
 
     Returns:
@@ -76,8 +79,10 @@ def build_policy(
         ValueError: For an unknown name or argument, an argument out of range, something that is no policy, or a policy
             whose name or settings cannot be written down.
     """
-    check_ratio(prune_ratio)  # arguments out of range are refused whatever the policy
-    check_delta(delta)
+    if prune_ratio is not None:
+        check_ratio(prune_ratio)  # arguments out of range are refused whatever the policy
+    if delta is not None:
+        check_delta(delta)
     if isinstance(policy, PruningPolicy):
         return _checked(policy)
     if isinstance(policy, type) and issubclass(policy, PruningPolicy):
@@ -102,15 +107,17 @@ def build_policy(
         )
     name = getattr(cls, "name", cls.__qualname__)
     parameters, open_ended = _arguments(cls)
-    defaults = dict(prune_ratio=prune_ratio, delta=delta, quantile=quantile)
-    # What differs from its default was meant.
+    defaults: dict[str, Any] = dict(prune_ratio=prune_ratio, delta=delta, quantile=quantile)
+    # What differs from the usual was meant.
     for key, usual in (("prune_ratio", 0.5), ("delta", 0.875)):
-        if defaults[key] not in (usual, given.get(key, defaults[key])):
+        if defaults[key] not in (None, usual, given.get(key, defaults[key])):
             raise ValueError(
                 f"{key}={defaults[key]!r} and policy=dict({key}={given[key]!r}, ...): set it in one of them"
             )
-        if defaults[key] != usual and key not in parameters and not _is_packaged(cls):
+        if defaults[key] not in (None, usual) and key not in parameters and not _is_packaged(cls):
             raise ValueError(f"policy {name!r} takes no {key}: its arguments are {list(parameters)}")
+        if defaults[key] is None and key in parameters and parameters[key].default is inspect.Parameter.empty:
+            defaults[key] = usual
     taken = {key: value for key, value in defaults.items() if key in parameters and value is not None}
     if unknown := [] if open_ended else [key for key in given if key not in parameters]:
         raise ValueError(f"policy {name!r} takes no {unknown[0]}: its arguments are {list(parameters)}")
@@ -161,6 +168,12 @@ def _lacking(policy: type[PruningPolicy]) -> str:
     lacking = sorted(getattr(policy, "__abstractmethods__", ()))
     if policy.draw is PruningPolicy.draw and policy.chances is PruningPolicy.chances:
         lacking.append("chances, or draw")
+    if (
+        issubclass(policy, AnnealedPolicy)
+        and (policy.draw, policy.chances) == (PruningPolicy.draw, AnnealedPolicy.chances)
+        and policy.chances_at is AnnealedPolicy.chances_at
+    ):
+        lacking.append("chances_at, chances, or draw")
     return ", ".join(lacking)
 
 

@@ -66,9 +66,20 @@ class Schedule(ABC):
     def steps_before(self, pass_index: int) -> int:
         """Steps that the host's per-iteration schedulers have taken at the start of a pass."""
 
-    @abstractmethod
     def fit(self, plan: Plan, pass_index: int) -> Plan:
         """The part of a plan that the pass visits."""
+        if plan.batch_size is not None:
+            return plan.first(self.full_batches(pass_index) * plan.batch_size)
+        return self._fit(plan, pass_index)
+
+    @abstractmethod
+    def _fit(self, plan: Plan, pass_index: int) -> Plan:
+        """The same of a plan whose batches are as large as the host's."""
+
+    @property
+    @abstractmethod
+    def whole_batches(self) -> int:
+        """Iterations of a pass that is neither pruned nor partial."""
 
     @abstractmethod
     def full_batches(self, pass_index: int) -> int:
@@ -100,7 +111,7 @@ class Schedule(ABC):
 
     def batches(self, plan: Plan, pass_index: int) -> int:
         """Iterations that walk a fitted plan."""
-        return len(plan) // self.batch_size if plan.pruned else self.full_batches(pass_index)
+        return len(plan) // (plan.batch_size or self.batch_size) if plan.pruned else self.full_batches(pass_index)
 
 
 class EpochSchedule(Schedule):
@@ -172,7 +183,11 @@ class EpochSchedule(Schedule):
             return self.total_steps
         return pass_index * self.pass_steps
 
-    def fit(self, plan: Plan, pass_index: int) -> Plan:
+    @property
+    def whole_batches(self) -> int:
+        return self._epoch_batches
+
+    def _fit(self, plan: Plan, pass_index: int) -> Plan:
         if not self._is_partial(pass_index):
             return plan
         batches = len(plan) * self._last_batches // (self._epoch_batches * self.batch_size)
@@ -231,7 +246,11 @@ class IterSchedule(Schedule):
     def steps_before(self, pass_index: int) -> int:
         return self.start(pass_index) // self.batch_size
 
-    def fit(self, plan: Plan, pass_index: int) -> Plan:
+    @property
+    def whole_batches(self) -> int:
+        return self.num_samples // self.batch_size
+
+    def _fit(self, plan: Plan, pass_index: int) -> Plan:
         # At least one batch: a remainder smaller than a batch still belongs to the host's iterations.
         span = self.full_visits(pass_index)
         batches = len(plan) * span // (self.num_samples * self.batch_size)

@@ -43,10 +43,14 @@ class ScoreRule(ABC):
     defers = False
     #: Whether a loss is nothing without its noise level, which models of MMEngine do not tell.
     needs_noise_levels = False
+    #: Whether it takes norms of gradients in place of losses, which hosts have only after the backward pass.
+    takes_norms = False
     #: First version of the state that knows of it.
     state_version = 1
     score_ema = 0.0
     group: Group = None
+    #: Where a model has its last layer, in rules that :attr:`takes_norms`; None for where hosts have it.
+    layer: str | None = None
 
     def __init__(self, group: Group = None) -> None:
         self.group = group
@@ -61,6 +65,11 @@ class ScoreRule(ABC):
         taken = inspect.signature(type(self)).parameters
         arguments = {key: value for key, value in self.settings().items() if key in taken}
         return f"dict({', '.join(f'{key}={value!r}' for key, value in {'type': self.name, **arguments}.items())})"
+
+    @property
+    def columns(self) -> Mapping[str, Tensor]:
+        """What else it keeps of each sample, for policies that ask for it: by name, shape ``(N,)`` each."""
+        return {}
 
     @abstractmethod
     def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:
@@ -81,6 +90,10 @@ class ScoreRule(ABC):
             ValueError: If it is needed and missing, or of another shape.
         """
         return losses
+
+    def take_source(self, source: str) -> None:
+        """Learn what norms are of, in rules that :attr:`takes_norms`: ``'layer'``, ``'outputs'`` or ``'losses'``."""
+        return None
 
     def hold(self, indices: Tensor, losses: Tensor, evidence: Tensor) -> None:
         """Keep usable losses, on the CPU, until :meth:`settle`."""

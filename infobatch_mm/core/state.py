@@ -16,8 +16,9 @@ from .score_rule import registered
 if TYPE_CHECKING:
     from .training import Training
 
-#: 2 where scores are averages, 3 where they are by noise level, which the versions before do not know of.
-STATE_VERSION = 3
+#: 2 where scores are averages, 3 where they are by noise level, 4 where they are norms of gradients, which the versions
+#: before do not know of.
+STATE_VERSION = 4
 
 #: What every version holds.
 _KEYS = (
@@ -60,6 +61,7 @@ class PrunerState:
         skipped (int): Visits of it that were handed out and not weighed.
         visits_before (int): Visits that no pass in the history accounts for.
         full_before (int): What the unpruned run would have made in their place.
+        forward_visits (int): Visits without a backward pass.
         plan (Plan, optional): The plan in flight.
         history (list[dict]): One entry per finished pass.
     """
@@ -79,6 +81,7 @@ class PrunerState:
     skipped: int
     visits_before: int
     full_before: int
+    forward_visits: int
     plan: Plan | None
     history: list[dict[str, Any]]
 
@@ -103,7 +106,7 @@ def parse(state: Any) -> PrunerState:
     for key in _COUNTS:
         if not isinstance(state[key], int) or state[key] < 0:
             raise damaged(key)
-    for key in ("skipped", "visits_before", "full_before"):
+    for key in ("skipped", "visits_before", "full_before", "forward_visits"):
         if not isinstance(state.get(key, 0), int) or (key == "skipped" and state.get(key, 0) < 0):
             raise damaged(key)
     for key in ("settings", "schedule", "score_settings"):
@@ -137,6 +140,7 @@ def parse(state: Any) -> PrunerState:
         skipped=int(state.get("skipped", 0)),
         visits_before=int(state["visits_before"]),
         full_before=int(state["full_before"]),
+        forward_visits=int(state.get("forward_visits", 0)),
         plan=None if state["plan"] is None else _plan(state["plan"], num_samples),
         history=[dict(entry) for entry in history],
     )
@@ -221,6 +225,7 @@ def state_of(training: Training, plan: Plan | None) -> dict[str, Any]:
         "skipped": training.skipped,
         "visits_before": training.visits_before,
         "full_before": training.full_before,
+        "forward_visits": training.forward_visits,
         "plan": None
         if plan is None
         else {
@@ -229,6 +234,8 @@ def state_of(training: Training, plan: Plan | None) -> dict[str, Any]:
             "pruned": plan.pruned,
             "threshold": plan.threshold,
             "blanks": list(plan.blanks),
+            **({} if plan.scale == 1.0 else {"scale": plan.scale}),
+            **({} if plan.batch_size is None else {"batch_size": plan.batch_size}),
         },
         "history": [dict(entry) for entry in training.history],
     }
@@ -272,4 +279,11 @@ def _plan(plan: Any, num_samples: int) -> Plan:
     blanks = plan.get("blanks", (0, 0))  # which earlier versions do not know of
     if not isinstance(blanks, (list, tuple)) or len(blanks) != 2 or not 0 <= blanks[1] <= blanks[0] <= num_samples:
         raise damaged("plan")
-    return Plan(indices.cpu(), weights.cpu(), bool(plan["pruned"]), plan["threshold"], (int(blanks[0]), int(blanks[1])))
+    scale = plan.get("scale", 1.0)
+    if not isinstance(scale, float) or not 0 < scale < float("inf"):
+        raise damaged("plan")
+    batch = plan.get("batch_size")
+    if batch is not None and (type(batch) is not int or batch < 1 or not plan["pruned"] or len(indices) % batch):
+        raise damaged("plan")
+    pruned, threshold, blanks = bool(plan["pruned"]), plan["threshold"], (int(blanks[0]), int(blanks[1]))
+    return Plan(indices.cpu(), weights.cpu(), pruned, threshold, blanks, scale, batch)

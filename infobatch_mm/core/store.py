@@ -68,7 +68,12 @@ class ScoreStore:
         self._unmerged: list[_Records] = []
 
     def record(
-        self, indices: Tensor, losses: Tensor, valid: Tensor | None = None, log_snr: Tensor | None = None
+        self,
+        indices: Tensor,
+        losses: Tensor,
+        valid: Tensor | None = None,
+        log_snr: Tensor | None = None,
+        evidence: Tensor | None = None,
     ) -> None:
         """Take the losses of one batch as the new scores of its samples.
 
@@ -80,13 +85,32 @@ class ScoreStore:
             valid (Tensor, optional): Which of them are to be recorded at all, shape ``(B,)``, bool.
             log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
                 shape ``(B,)``; needed where ``score='timestep'``, not looked at elsewhere.
+            evidence (Tensor, optional): What :meth:`.ScoreRule.evidence` said of each when its batch was in hand, shape
+                ``(B,)``, where the losses come in another order now. Defaults to what it says of these.
 
         Raises:
             ValueError: If it is needed and missing, or of another shape.
         """
+        self._make_room()
         losses = losses.detach().to(torch.float32, copy=True)
         valid = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid.clone()
-        self._pending.add((indices.clone(), losses, valid, self.rule.evidence(losses, log_snr)))
+        evidence = self.rule.evidence(losses, log_snr) if evidence is None else evidence.clone()
+        self._pending.add((indices.clone(), losses, valid, evidence))
+
+    def record_norms(self, indices: Tensor, norms: Tensor) -> None:
+        """Take norms of gradients as scores, which the backward pass is yet to fill in.
+
+        Args:
+            indices (Tensor): As :meth:`record` takes them.
+            norms (Tensor): What :class:`.SampleNorms` gave, shape ``(B,)``, float32. Kept as it is: filled in where it
+                lies. What is below 0 by the time it is asked for never came.
+        """
+        self._make_room()
+        self._pending.add((indices.clone(), norms, torch.ones_like(norms, dtype=torch.bool), norms))
+
+    def _make_room(self) -> None:
+        # Before the next record: the one before it is complete by then.
+        self._pending.make_room()
         if self._pending.is_due:
             self.flush()
 
@@ -100,6 +124,8 @@ class ScoreStore:
         real, finite = indices >= 0, torch.isfinite(losses) & ~evidence.isnan()
         self.unusable.record(blank=indices[real & ~valid], nonfinite=indices[real & valid & ~finite])
         usable = real & valid & finite
+        if self.rule.takes_norms:
+            usable = usable & (losses >= 0)
         indices, losses = indices[usable], losses[usable]
         if self.rule.defers:
             self.rule.hold(indices, losses, evidence[usable])

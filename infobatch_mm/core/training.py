@@ -19,6 +19,13 @@ from .state import PrunerState, check_fits, check_names, parse, state_of
 from .store import ScoreStore
 
 
+def score_of(
+    policy: PruningPolicy, score: str | Mapping[str, Any] | ScoreRule | None, score_ema: float | None
+) -> tuple[str | Mapping[str, Any] | ScoreRule | None, float | None]:
+    """What the user says of the score, and the policy's own where the user names none."""
+    return policy.score if score is None and not score_ema else score, score_ema
+
+
 class Training(Books, ABC):
     """What a :class:`.Pruner`, which draws plans, and a :class:`.Watcher`, which follows a host, have in common.
 
@@ -35,7 +42,7 @@ class Training(Books, ABC):
             so that augmentations repeat after a resume. Defaults to False.
         score_ema (float, optional): Decay of the average that is a sample's score; see :class:`.ScoreStore`.
         score (str | dict | ScoreRule, optional): What samples are ranked by; see :class:`.ScoreStore`. Defaults to
-            their last loss.
+            the policy's own, which is their last loss for most.
         group (ProcessGroup, optional): The processes that share the data. Defaults to all.
 
     Attributes:
@@ -62,12 +69,16 @@ class Training(Books, ABC):
     ) -> None:
         if seed < 0:
             raise ValueError(f"seed={seed} is negative: use 0 or a positive number")
+        score, score_ema = score_of(policy, score, score_ema)
         store = ScoreStore(schedule.num_samples, score_ema, score, group)
         super().__init__(schedule, policy, store, int(seed), group)
         self.shuffle = shuffle
         self.fingerprint = fingerprint
         self.item_seed = item_seed
         check_names(self)
+        policy.check_length(
+            min(1.0, schedule.num_samples / schedule.total_samples), schedule.batch_size / schedule.num_samples
+        )
 
     def identity(self) -> dict[str, Any]:
         """What must be equal on all processes, by name: they draw the same plans from it."""
@@ -108,13 +119,42 @@ class Training(Books, ABC):
     @property
     def batches_done(self) -> int:
         """Iterations of the current pass that are done."""
-        return min(self.batches, -(-self.visited // self.schedule.batch_size))
+        return min(self.batches, -(-self.visited // self.pass_batch))
+
+    @property
+    def pass_batch(self) -> int:
+        """Visits of the current pass in a batch, over all processes."""
+        return self.schedule.batch_size
+
+    @property
+    def scales_rates(self) -> bool:
+        """Whether the policy gives smaller batches other learning rates."""
+        return False
+
+    def lr_factor(self, plan: Plan | None = None) -> float:
+        """What learning rates of steps on the batches of a plan are multiplied by.
+
+        Args:
+            plan (Plan, optional): Defaults to the one in flight.
+
+        Returns:
+            float: In (0, 1]; 1 for batches of the host's own size.
+        """
+        return 1.0
 
     def record(
-        self, indices: Tensor, losses: Tensor, valid: Tensor | None = None, log_snr: Tensor | None = None
+        self,
+        indices: Tensor,
+        losses: Tensor,
+        valid: Tensor | None = None,
+        log_snr: Tensor | None = None,
+        evidence: Tensor | None = None,
     ) -> None:
-        """Take unweighted per-sample losses as scores; see :meth:`ScoreStore.record`."""
-        self.store.record(indices, losses, valid, log_snr)
+        """Take unweighted per-sample losses as scores, or norms that are yet to come; see :class:`ScoreStore`."""
+        if self.store.rule.takes_norms and valid is None:
+            self.store.record_norms(indices, losses.detach())
+        else:
+            self.store.record(indices, losses, valid, log_snr, evidence)
 
     def finish_pass(self, together: bool = True) -> dict[str, Any]:
         """Merge the scores over processes, book the pass, move on to the next.
@@ -198,8 +238,9 @@ class Training(Books, ABC):
         """Continue where :meth:`state_dict` was taken; see :meth:`check_state` for what is refused.
 
         Where a pass is of other batches than the one in flight was (another global batch size, another
-        ``drop_last``, a partial last pass of another length), it is drawn again and the rest of it is visited;
-        a schedule of iterations then needs :meth:`start_at` to find its place. Scores and books carry on.
+        ``drop_last``, a partial last pass of another length, processes that cannot share a smaller batch), it is drawn
+        again and the rest of it is visited; a schedule of iterations then needs :meth:`start_at` to find its place.
+        Scores and books carry on.
 
         Returns:
             bool: Whether the pass in flight goes on as it was planned.
@@ -217,13 +258,18 @@ class Training(Books, ABC):
         self._stand_at_begin()
         self.visited, self._skipped, self._corrections = parsed.visited, parsed.skipped, {}
         self.visits_before, self.full_before = parsed.visits_before, parsed.full_before
+        self.forward_visits = parsed.forward_visits
         self._book([dict(entry) for entry in parsed.history])
         here = self.schedule.batch_size, self.schedule.plan_visits(self.pass_index)
-        goes_on = (parsed.batch_size, parsed.pass_samples) == here
+        goes_on = (parsed.batch_size, parsed.pass_samples) == here and self._fits(parsed.plan)
         self.schedule.take_over(parsed.schedule)
         if not goes_on:
             self.start_at(self.pass_index, *(0, 1) if self.plan is None else (self.visited, len(self.plan)))
         return goes_on
+
+    def _fits(self, plan: Plan | None) -> bool:
+        """Whether the batches of a plan can be shared out among the processes of this run."""
+        return True
 
     def _set_plan(self, plan: Plan | None) -> None:
         self.plan = plan

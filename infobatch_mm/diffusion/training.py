@@ -118,6 +118,9 @@ class LatentDiffusionTraining:
             score_ema=args.score_ema,
             fingerprint=images.fingerprint,
         )
+        self._by_gradient = args.score == "gradient"
+        if self._by_gradient:
+            self._infobatch.observe(unet.conv_out)
         lr_scheduler = build_lr_scheduler(args, optimizer, len(images.dataset), accelerator.num_processes)
         prepared = self._infobatch.prepare(unet, optimizer, loader, lr_scheduler)
         self._unet, self._optimizer, self._loader, self._lr_scheduler = prepared
@@ -176,7 +179,8 @@ class LatentDiffusionTraining:
         noise, timesteps = drawn.noise.to(latents.device), drawn.timesteps.to(latents.device)
         with accelerator.accumulate(unet):
             losses, scores = self._denoising.losses(predictor(unet), latents, noise, timesteps)
-            accelerator.backward(infobatch.weigh(losses, scores, log_snr=log_snr(scheduler, timesteps)))
+            ranked = None if self._by_gradient else scores
+            accelerator.backward(infobatch.weigh(losses, ranked, log_snr=log_snr(scheduler, timesteps)))
             if accelerator.sync_gradients and self._args.max_grad_norm:
                 accelerator.clip_grad_norm_(unet.parameters(), self._args.max_grad_norm)
             self._optimizer.step()

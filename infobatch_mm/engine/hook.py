@@ -15,6 +15,7 @@ from mmengine.utils import apply_to
 
 from ..core import PruningPolicy, Training, build_policy
 from ..core.distributed import require_equal
+from ..core.recalibration import check_norm
 from ..core.score_rule import ScoreRule, build_score
 from ..losses import LossWeigher
 from .books import Books
@@ -57,6 +58,9 @@ class InfoBatchHook(Hook):
             crop; a registered score of your own by its name or as ``dict(type=name, ...)`` with its arguments; or an
             instance. Defaults to ``'raw'``, or ``'ema'`` where ``score_ema`` is above 0.
         score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
+        norm (str, optional): ``'recalibrate'`` estimates the running statistics of batch normalisation on 16 uniform
+            batches before each validation and checkpoint, where the model has such layers: pruned batches are a biased
+            sample, and so are their statistics. Defaults to None: they are left as the batches make them.
 
     Raises:
         ValueError: Before training starts, for arguments out of range and for configs that cannot be
@@ -82,7 +86,9 @@ class InfoBatchHook(Hook):
         item_seed: bool = False,
         score: str | Mapping[str, Any] | ScoreRule | None = None,
         score_ema: float | None = None,
+        norm: str | None = None,
     ) -> None:
+        check_norm(norm)
         self._given = given(prune_ratio=prune_ratio, delta=delta, policy=policy)
         build_policy(**self._given)
         if build_score(score, score_ema).needs_noise_levels:
@@ -90,7 +96,7 @@ class InfoBatchHook(Hook):
                 f"score={score!r} needs the noise level of each sample, which the models of this host do not tell: use "
                 "'raw' or 'ema'"
             )
-        self._settings = Settings(seed, item_seed, score_auxiliary, score, score_ema)
+        self._settings = Settings(seed, item_seed, score_auxiliary, score, score_ema, norm)
         self._weigher = LossWeigher()
         self._books = Books()
         self._run: Run | None = None
@@ -228,6 +234,11 @@ class InfoBatchHook(Hook):
         assert self._run is not None
         self._run.training.finish_pass()
         self._books.end_pass(runner, self._run.training, step=runner.iter)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Let a validation in the midst of training see running statistics of the data."""
+        if self._run is not None:
+            self._run.recalibrate(runner)
 
     def after_train(self, runner: Any) -> None:
         """Leave summary and scores behind."""

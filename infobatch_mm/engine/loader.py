@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from ..core.collate import IndexedCollate
 from ..core.loader import check_indexable, read_at_once, worker_options
+from ..core.pass_batches import PassBatches
 from ..core.sampler import item_seed
 from .repeats import Units, leaf_datasets
 
@@ -51,6 +52,8 @@ class IndexedLoader(DataLoader):
         units (Units, optional): What is scored, and read in place of the host's data set. Defaults to that one.
         watches (bool): Whether the host's data set is read all the same, as its own sampler says; the copies of a
             unit then have the unit's index. Defaults to False.
+        own_batch (Callable[[], int | None], optional): Samples of this process in a batch of the pass that is walked or
+            about to be; None where they are the host's. Asked for in each walk. Defaults to the host's in every pass.
 
     Attributes:
         units (Units): As above.
@@ -68,6 +71,7 @@ class IndexedLoader(DataLoader):
         own_seed: int | None = None,
         units: Units | None = None,
         watches: bool = False,
+        own_batch: Callable[[], int | None] | None = None,
     ) -> None:
         check_indexable(loader)
         host = loader.batch_sampler
@@ -94,6 +98,9 @@ class IndexedLoader(DataLoader):
             **batching,
             **options,
         )
+        if own_batch is not None:
+            # In its place afterwards: a DataLoader that is given one has no batch_size, for which hosts and hooks ask.
+            self.__dict__["batch_sampler"] = PassBatches(self.batch_sampler, own_batch)
         self.units = units
         self._own_seed = own_seed
         self._delivered: dict[int, BatchIndices] = {}

@@ -129,10 +129,12 @@ def _draw_again(runner: Any, run: Run, state: PrunerState, scheduler_steps: int)
     # Iterations are the host's measure there: as many samples as the batch now holds.
     if isinstance(schedule, IterSchedule):
         _find_position(training, run.host_steps(runner))
+    before = state.schedule["total_steps"]
     if state.batch_size != schedule.batch_size:
         differs = f"a global batch of {state.batch_size}, this run has {schedule.batch_size}"
+    elif state.plan is not None and state.plan.batch_size is not None and before == schedule.total_steps:
+        differs = f"a pass in batches of {state.plan.batch_size}, which this run's processes cannot share"
     else:
-        before = state.schedule["total_steps"]
         differs = f"a schedule of {before} iterations of full data, this run has {schedule.total_steps}"
     if training.finished:
         raise ValueError(

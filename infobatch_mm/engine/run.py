@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ..core import EpochSchedule, Pruner, Training, Watcher
 from ..core.devices import moved
+from ..core.lr_factor import LearningRateFactor
+from ..core.recalibration import Recalibration
 from ..losses import AttachedViews, LossWeigher
 from . import process_state
 from .loader import BatchIndices, IndexedLoader
 from .param_schedule import SchedulerPacer, renew_max_iters
 from .process_state import ValidationAside
+from .recalibration import recalibrate
 from .samplers import InfoBatchSampler
 from .takeover import watched_visits
 
@@ -80,6 +83,8 @@ class Run(ABC):
         if scores is not None and valid is not None:
             # A pipeline that returned None had another sample in this one's place.
             valid = valid & ~moved(replaced, valid.device) if bool(replaced.any()) else valid
+            if self.training.store.rule.takes_norms:
+                self.training.store.rule.take_source(self.weigher.norms_of)
             self.training.record(indices, scores, valid)
         elif reached or process_state.inner_counts(runner) != self._updates_before:
             raise ValueError(f"{type(runner.model).__name__} computed no loss that InfoBatchHook has a view of")
@@ -117,9 +122,14 @@ class Run(ABC):
         """What each process holds beside the host's checkpoint; see :func:`.process_state.capture`."""
         return process_state.capture(runner, alone=alone)
 
+    def recalibrate(self, runner: Any) -> None:
+        """Bring the model's running statistics to where uniform batches have them, if the user asks for it."""
+        return None
+
     @contextmanager
     def exchanged(self, runner: Any) -> Iterator[None]:
         """Let rank 0 know what all processes hold while it writes a checkpoint, or two."""
+        self.recalibrate(runner)
         self.training.store.merge()
         self.processes = self.captured(runner, alone=False)
         try:
@@ -136,6 +146,8 @@ class PrunedRun(Run):
         loop (BaseLoop): One of ours.
         training (Pruner): Draws the plans.
         undo (ExitStack): Takes what gives the host's objects back.
+        recalibration (Recalibration, optional): Of its model's running statistics. Defaults to None: they are the
+            host's.
         loader, views, weigher: As for :class:`Run`.
     """
 
@@ -150,12 +162,18 @@ class PrunedRun(Run):
         views: AttachedViews,
         weigher: LossWeigher,
         undo: ExitStack,
+        recalibration: Recalibration | None = None,
     ) -> None:
         super().__init__(loader, views, weigher)
         self.training = training
+        self._recalibration = recalibration
         assert isinstance(loader.sampler, InfoBatchSampler)
+        training.share_batches(loader.sampler.world)
         loader.sampler.bind(training)
         loop.pruner = training
+        if training.scales_rates:
+            optimizers = [each.optimizer for each in process_state.optim_wrappers(runner)]
+            undo.callback(LearningRateFactor(optimizers, training.lr_factor).remove)
         self._pacer = SchedulerPacer(runner, self._steps_due)
         undo.callback(self._pacer.restore)
         self._validation = ValidationAside(runner)
@@ -185,6 +203,10 @@ class PrunedRun(Run):
                 "InfoBatch: these losses do not separate over samples; in pruned passes the mean of the samples' own "
                 f"losses is optimised in their place, which is not unbiased: {', '.join(self._views.not_separable)}"
             )
+
+    def recalibrate(self, runner: Any) -> None:
+        if self._recalibration is not None:
+            recalibrate(self._recalibration, process_state.bare_model(runner), self.loader)
 
     def _steps_due(self) -> int:
         training = self.training

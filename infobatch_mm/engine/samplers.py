@@ -88,6 +88,13 @@ class InfoBatchSampler(PlanSampler):
             )
         return super().__iter__()
 
+    def own_batch(self) -> int | None:
+        """Samples of this process in a batch of the pass; None before training starts."""
+        if self.pruner is None:
+            return None
+        self.pruner.begin_pass()
+        return self.pruner.pass_batch // self.world
+
     def go_on(self) -> None:
         """Let the next walk, the loop's own, begin where the pass stands; another hook's walk sees all of the plan."""
         self._goes_on = True
@@ -178,4 +185,4 @@ def pass_loader(loader: DataLoader, seed: int, by_iteration: bool = False) -> In
             f"round_up=False gives {sampler.num_samples} samples to {sampler.world} processes unevenly: some would "
             "wait for a step that others never make; use round_up=True"
         )
-    return IndexedLoader(loader, sampler, own_seed=seed, units=units)
+    return IndexedLoader(loader, sampler, own_seed=seed, units=units, own_batch=sampler.own_batch)

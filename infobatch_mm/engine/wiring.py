@@ -11,11 +11,14 @@ from mmengine.runner import BaseLoop
 
 from ..core import Pruner, PruningPolicy, Training, Watcher
 from ..core.distributed import require_equal
-from ..core.score_rule import ScoreRule
+from ..core.recalibration import Recalibration
+from ..core.score_rule import ScoreRule, build_score
+from ..core.training import score_of
 from ..losses import LossWeigher, attach_views
 from ..policies import NoPruning
 from .loader import IndexedLoader
 from .process_state import bare_model
+from .recalibration import norm_line
 from .run import PrunedRun, Run, WatchedRun
 from .sample_names import fingerprint
 from .samplers import InfoBatchSampler, run_seed
@@ -32,6 +35,7 @@ class Settings:
     score_auxiliary: bool
     score: str | Mapping[str, Any] | ScoreRule | None
     score_ema: float | None
+    norm: str | None = None
 
 
 def wired(
@@ -54,7 +58,9 @@ def wired(
     with refused_together():
         if len(loop.dataloader.dataset) == 0:
             raise ValueError("the training data set is empty: check data_root and data_prefix of the train_dataloader")
-        views = attach_views(bare_model(runner), weigher, settings.score_auxiliary)
+        rule = build_score(*score_of(policy, settings.score, settings.score_ema))
+        weigher.takes_norms = rule.takes_norms
+        views = attach_views(bare_model(runner), weigher, settings.score_auxiliary, rule.layer)
         undo.callback(views.restore)
         if watches and settings.item_seed:
             raise ValueError(
@@ -69,7 +75,10 @@ def wired(
         training = _training(runner, loop, loader, policy, settings)
     require_equal(num_repeats=loader.num_repeats, **training.identity())
     if isinstance(training, Pruner):
-        return PrunedRun(runner, loop, training, loader, views, weigher, undo)
+        if (line := norm_line(bare_model(runner), settings.norm)) is not None:
+            runner.logger.info(line)
+        recalibration = Recalibration(training) if settings.norm == "recalibrate" else None
+        return PrunedRun(runner, loop, training, loader, views, weigher, undo, recalibration)
     assert isinstance(training, Watcher)
     return WatchedRun(training, loader, views, weigher)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, Sampler
 
@@ -20,11 +21,13 @@ from ..core.meeting import PATIENCE_S
 from ..core.policy import PruningPolicy
 from ..core.policy_registry import build_policy
 from ..core.pruner import Pruner
+from ..core.sample_norms import norms_to_come
 from ..core.schedule import EpochSchedule
 from ..core.score_rule import ScoreRule
 from ..core.short_runs import short_run_line
 from ..core.weights import weighted_mean
 from .loader import PassLoader, check_dataset
+from .model import LoopModel
 from .passes import Passes
 from .sampler import WalkSampler
 from .scheduler import ProgressScheduler
@@ -32,7 +35,7 @@ from .sizes import Sizes, checked_batch
 from .standing import LoopStanding
 
 
-class InfoBatch(LoopStanding):
+class InfoBatch(LoopStanding, LoopModel):
     """InfoBatch for a training loop of your own.
 
     Skips a share of the samples that the model already knows in each pass and rescales the loss of the others so that
@@ -41,9 +44,10 @@ class InfoBatch(LoopStanding):
     Args:
         num_samples (int): Size of the data set, at least 1.
         num_epochs (int, optional): Passes over the data in the whole training, at least 1.
-        prune_ratio (float): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to 0.5.
-        delta (float): Share of the training after which every sample is visited, in (0, 1].
-            Defaults to 0.875.
+        prune_ratio (float, optional): Chance r that a well-learned sample is skipped, in [0, 1). Defaults to the
+            policy's own, 0.5 for most.
+        delta (float, optional): Share of the training after which every sample is visited, in (0, 1]. Defaults to the
+            policy's own, 0.875 for most.
         policy (str | dict | PruningPolicy): ``'infobatch'``, ``'random'``, ``'none'``, a registered policy of your own
             by its name or as ``dict(type=name, ...)`` with its arguments, or an instance. Defaults to ``'infobatch'``.
         seed (int): Seed of the draws, the same on every process. Defaults to 0.
@@ -56,9 +60,10 @@ class InfoBatch(LoopStanding):
         score (str | dict | ScoreRule, optional): What samples are ranked by, with any policy: ``'raw'``, their last
             loss, as in the paper; ``'ema'``, the average over their visits, for losses that depend on a random mask,
             crop or timestep; ``'timestep'``, the average of losses over the mean loss at their noise level, for
-            diffusion models, which needs the ``log_snr`` of :meth:`weigh`; a registered score of your own by its name
-            or as ``dict(type=name, ...)``; or an instance. Defaults to ``'raw'``, or ``'ema'`` where ``score_ema`` is
-            given.
+            diffusion models, which needs the ``log_snr`` of :meth:`weigh`; ``'gradient'``, the norm of their gradient
+            in the last layer, see :meth:`observe`, or at the ``outputs`` of :meth:`weigh`; a registered score of your
+            own by its name or as ``dict(type=name, ...)``; or an instance. Defaults to ``'raw'``, or ``'ema'`` where
+            ``score_ema`` is given.
         score_ema (float, optional): Decay of the average, in [0, 1). Defaults to 0.9 for scores that are averages.
         fingerprint (str): Identifies the data set beyond its length; compared on resume. Defaults to ''.
         max_train_steps (int, optional): Batches of the unpruned training, at least 1, where that is how it is counted;
@@ -85,8 +90,8 @@ class InfoBatch(LoopStanding):
         self,
         num_samples: int,
         num_epochs: int | None = None,
-        prune_ratio: float = 0.5,
-        delta: float = 0.875,
+        prune_ratio: float | None = None,
+        delta: float | None = None,
         *,
         policy: str | Mapping[str, Any] | PruningPolicy = "infobatch",
         seed: int = 0,
@@ -116,6 +121,7 @@ class InfoBatch(LoopStanding):
         require_equal(process_group, **{**self._pruner.identity(), **self._identity, "batch_size": batch_size})
         self._passes = Passes(self._pruner, Sizes(self._pruner, batch_size))
         self._sampler = WalkSampler(self._passes.begin, self._passes.share, self._passes.seeds)
+        self._begin_model(self._pruner)
         self._last: tuple[Tensor | None, Tensor] | None = None  # weights and losses of the batch weighed last
         # A compiled step breaks its graph once here, not at each look at an index.
         self.weigh = torch.compiler.disable(self.weigh)  # type: ignore[method-assign]
@@ -192,10 +198,28 @@ class InfoBatch(LoopStanding):
         """
         return ProgressScheduler(self._passes, scheduler, interval, every, partial)
 
+    def follow(self, optimizer: Optimizer) -> None:
+        """Name an optimiser whose learning rate smaller batches get a share of, with a policy of ``keep='steps'``.
+
+        The one of a scheduler that :meth:`schedule` was given is known. With any other policy it does nothing.
+
+        Args:
+            optimizer (Optimizer): Each of its steps is made at the learning rate times the factor of ``lr_rule``, after
+                which the very rate is put back.
+
+        Raises:
+            ValueError: If its parameter groups have no learning rate.
+        """
+        self._passes.rates.follow(optimizer)
+
     # ---- a step -------------------------------------------------------------------------------------
 
     def weigh(
-        self, losses: Tensor, index: Tensor | np.ndarray | Sequence[int], log_snr: Tensor | None = None
+        self,
+        losses: Tensor,
+        index: Tensor | np.ndarray | Sequence[int],
+        log_snr: Tensor | None = None,
+        outputs: Tensor | None = None,
     ) -> Tensor:
         """Weigh the losses of a batch, or of a part of it, and record them as scores.
 
@@ -209,18 +233,22 @@ class InfoBatch(LoopStanding):
                 them: on the CPU they are looked at right away, on a device at the pass's end at the latest.
             log_snr (Tensor, optional): Natural logarithm of the signal-to-noise ratio of each sample's noise level,
                 shape ``(B,)``; needed for ``score='timestep'``, not looked at otherwise.
+            outputs (Tensor, optional): What the losses were computed from, such as logits, shape ``(B, ...)``, for
+                ``score='gradient'``, which goes by the gradient there unless :meth:`observe` was given a layer; not
+                looked at otherwise.
 
         Returns:
             Tensor: Scalar ``mean(weight * loss)``, to call ``backward()`` on. NaN and infinite losses are no scores.
 
         Raises:
-            ValueError: If the shapes do not fit, an index is not part of the current pass, or ``log_snr`` is needed and
-                missing.
+            ValueError: If the shapes do not fit, an index is not part of the current pass, ``log_snr`` is needed and
+                missing, or norms of gradients come from elsewhere than before.
         """
         index = checked_index(losses, index)
         walk = self._passes.walk_of(index)
         rule = self._pruner.store.rule
         level = rule.evidence(losses, log_snr) if rule.defers else None
+        norms = norms_to_come(rule, self._layer, losses, outputs) if rule.takes_norms else None
         weights = moved(walk.weights(index), losses.device)
         scale = walk.tail_scale(index)
         self._passes.sizes.look(walk, index)
@@ -231,6 +259,9 @@ class InfoBatch(LoopStanding):
         weighted = (weights * kept).mean() * scale
         taken = losses.detach().to(torch.float32, copy=True)
         self._last = weights if walk.plan.pruned or isinstance(scale, Tensor) else None, taken
+        if rule.takes_norms:  # a loss that stands in for a norm is none below 0
+            factors = weights * scale / len(losses)
+            taken = taken.clamp(min=0) if norms is None else norms.expect(losses, factors, weighted)
         self._passes.add(walk, index.clone(), taken, level)
         return weighted
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, default_collate
 
 from ..core import rng
 from ..core.collate import IndexedCollate
 from ..core.loader import IndexedItems
+from ..core.pass_batches import PassBatches
 from .passes import Passes
 from .sampler import WalkSampler
 from .walk import Walk
@@ -74,7 +75,7 @@ class PassLoader:
                 "checkpoint could say where they stand: leave it out"
             )
         share = -(-num_samples // world)
-        self._full_length = self._batches(share)
+        self._full_length = self._batches(share, batch_size)
         if self._full_length == 0:
             raise ValueError(
                 f"the loader gives no batch: {share} samples for each process, batch_size={batch_size} and "
@@ -83,13 +84,13 @@ class PassLoader:
         whole = self._full_length * batch_size * world
         passes.sizes.adopt(batch_size, min(num_samples, whole))
         # What a collate function drops can only be made out where the batch is known to be the next of the plan.
+        self._collate = collate_fn or default_collate
         collate = IndexedCollate(collate_fn or default_collate, drops=self.in_order)
         self._items = IndexedItems(dataset)
         self._walk: Walk | None = None
         sampler = WalkSampler(self._walk_in_hand, passes.share, passes.seeds)
-        self._loader = DataLoader(
-            self._items, batch_size, sampler=sampler, drop_last=self.drop_last, collate_fn=collate, **options
-        )
+        batches = PassBatches(BatchSampler(sampler, batch_size, self.drop_last), lambda: self._walk_in_hand().batch)
+        self._loader = DataLoader(self._items, batch_sampler=batches, collate_fn=collate, **options)
 
     def __len__(self) -> int:
         """Batches of the walk in hand, or of the coming one; after a resume, of the rest of the pass.
@@ -101,8 +102,14 @@ class PassLoader:
             return self._full_length
         walk = passes.walk
         if walk is not None and walk.alive:
-            return self._batches(walk.end - walk.start)
-        return self._batches(passes.share() - passes.pruner.visited // passes.world)
+            return self._batches(walk.end - walk.start, walk.batch or self.batch_size)
+        rest = passes.share() - passes.pruner.visited // passes.world
+        return self._batches(rest, passes.sizes.in_pass(self.batch_size))
+
+    def read(self, batches: list[list[int]]) -> Iterator[Any]:
+        """Batches of some lists of sample indices, read in this process; no part of a pass."""
+        for batch in batches:
+            yield self._collate([self.dataset[index] for index in batch])
 
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: the pass is known. Present because scripts call it."""
@@ -137,8 +144,8 @@ class PassLoader:
         assert self._walk is not None
         return self._walk
 
-    def _batches(self, visits: int) -> int:
-        return visits // self.batch_size if self.drop_last else -(-visits // self.batch_size)
+    def _batches(self, visits: int, batch: int) -> int:
+        return visits // batch if self.drop_last else -(-visits // batch)
 
 
 def check_dataset(dataset: Any, num_samples: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.devices import on_cpu
 from ..core.distributed import gather, rank, world_size
+from ..core.followed_rates import FollowedRates
 from ..core.meeting import Meeting
 from ..core.pruner import Pruner
 from .looks import Looks, one_loss_each
@@ -36,6 +37,7 @@ class Passes:
         walk (Walk, optional): The walk begun last.
         is_resumed (bool): Whether a state was loaded.
         schedulers (WeakSet[ProgressScheduler]): What is to be told of each pass that begins.
+        rates (FollowedRates): Learning rates of the steps on smaller batches.
     """
 
     def __init__(self, pruner: Pruner, sizes: Sizes) -> None:
@@ -49,6 +51,8 @@ class Passes:
         self.is_resumed = False
         self._meeting = Meeting(pruner.group)
         self.schedulers: WeakSet[Any] = WeakSet()  # one that was replaced is not to go on stepping
+        by_name = "name it by infobatch.follow(optimizer), or hand its scheduler to infobatch.schedule()"
+        self.rates = FollowedRates(pruner, f"{by_name}, before the first step")
 
     # ---- walks ----------------------------------------------------------------------------------------
 
@@ -56,13 +60,19 @@ class Passes:
         """Begin a walk: of a new pass, unless nothing was weighed in the last one.
 
         Args:
-            batch (int, optional): As for :class:`.Walk`, like the others.
+            batch (int, optional): As for :class:`.Walk`, like the others, in a full pass.
             drop_last (bool): As for :class:`.Walk`.
             in_order (bool): As for :class:`.Walk`.
 
         Raises:
-            ValueError: If there are more or fewer processes than before.
+            ValueError: If there are more or fewer processes than before, or a loader of the user's makes batches that
+                are to become smaller.
         """
+        if batch is None and self.pruner.policy.keep == "steps":
+            raise ValueError(
+                "keep='steps' makes the batches of pruned passes smaller, and a DataLoader of your own keeps its "
+                "batch_size: walk infobatch.loader(dataset, batch_size) in its place, or use keep='batch'"
+            )
         if (now := world_size(self.pruner.group)) != self.world:
             raise ValueError(
                 f"this InfoBatch was made for {self.world} processes, but there are {now} now: make it after "
@@ -86,6 +96,7 @@ class Passes:
             self._notices.beyond_the_end(pruner)
         plan, num_samples = pruner.begin_pass(), pruner.schedule.num_samples
         where = (pruner.pass_index, rank(pruner.group), self.world, pruner.visited)
+        batch = None if batch is None else self.sizes.in_pass(batch)
         self.walk = Walk(plan, num_samples, *where, batch, drop_last, in_order)
         self._settle_late()  # only now: on no process may they change the plan
         for scheduler in self.schedulers:
@@ -145,10 +156,12 @@ class Passes:
 
     def add(self, walk: Walk, index: Tensor, losses: Tensor, level: Tensor | None) -> None:
         """Keep the losses of a call; they are taken down where that waits for nothing."""
+        self.rates.weighed(self.pruner.lr_factor(walk.plan))
         self._notices.weighed()
-        walk.add(index, losses, level)
+        walk.pending.make_room()  # first: norms of gradients that are kept last are filled in later
         if walk.pending.is_due:
             self._take_down()
+        walk.add(index, losses, level)
 
     def _take_down(self) -> None:
         """Take down what was weighed: which visits were made, and the scores they give."""
@@ -173,7 +186,7 @@ class Passes:
         fresh = walk.take_down(samples, filled)
         if not fresh.all():
             counting = counting.at(np.isin(counting.index, samples[fresh]))
-        pruner.record(torch.from_numpy(counting.index), counting.losses, log_snr=counting.level)
+        pruner.record(torch.from_numpy(counting.index), counting.losses, evidence=counting.level)
         if walk.finished:
             pruner.correct(walk.pass_index, int(fresh.sum()))
             self._notices.again(walk, int((~fresh).sum()))
@@ -220,6 +233,7 @@ class Passes:
         pruner.visited = min(start + sum(counts), len(walk.plan))
         entry = pruner.finish_pass()
         walk.finished = True
+        self.rates.pass_over()
         self._skipped_before = 0
         if rank(pruner.group) == 0:
             self._notices.pass_done(pruner, entry, has_our_loader=walk.batch is not None)

@@ -59,6 +59,8 @@ class ProgressScheduler:
         self._calls = 0
         self._is_used = False
         passes.schedulers.add(self)
+        if (optimizer := getattr(scheduler, "optimizer", None)) is not None:
+            passes.rates.follow(optimizer)
         if interval == "step" and passes.sizes.batch_size is None:
             raise ValueError(
                 "a schedule by steps needs to know the batches of a pass: make infobatch.loader() first, or give "

@@ -61,6 +61,16 @@ class Sizes:
             self._tell(whole, epoch_visits)
             self.batch_size, self._has_loader = batch_size, True
             self.full_batches = self._batches(epoch_visits)
+            self._pruner.share_batches(whole // batch_size)
+        elif self._pruner.policy.keep == "steps" and batch_size != self.batch_size:
+            raise ValueError(
+                f"batch_size={batch_size} of another loader, the first one has {self.batch_size}: with keep='steps' "
+                "the batches of all loaders become smaller together; give both the same, or use keep='batch'"
+            )
+
+    def in_pass(self, batch_size: int) -> int:
+        """What is left of a batch of this process in the pass in hand, which may be one of smaller batches."""
+        return batch_size * self._pruner.pass_batch // self._pruner.schedule.batch_size
 
     def expect(self, batch_size: int) -> None:
         """Take the global batch size of a state, where the loader that knows it may be made only later."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.devices import moved
+from ..core.sample_norms import SampleNorms
 from .rows import Rows
 from .tally import divided
 
@@ -23,6 +24,7 @@ class BatchInHand:
         indices (Tensor, optional): Which samples these are, shape ``(B,)``, int64; None where nobody named them.
         pair_weights (Callable): Weights of losses that two samples share, from the weights of both.
         blank_factor (float): See :meth:`.TrainingStep.begin`.
+        takes_norms (bool): Whether samples are scored by the norms of their gradients. Defaults to False.
 
     Attributes:
         size (int): Number B of samples.
@@ -35,6 +37,8 @@ class BatchInHand:
         met (bool): Whether a loss that counts in the scores was computed, be it of no valid pixel at all.
         reached (bool): Whether the model was asked for the losses of the batch.
         evaluated (str, optional): Name of a model that was asked for losses to train on in evaluation mode.
+        norms (SampleNorms, optional): Norms of the samples' gradients, which the backward pass fills in.
+        norms_of (str): What they are of, ``'layer'`` or ``'outputs'``; empty while nothing is watched.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class BatchInHand:
         indices: Tensor | None,
         pair_weights: Callable[[Tensor, Tensor], Tensor],
         blank_factor: float,
+        takes_norms: bool = False,
     ) -> None:
         self.size = len(weights)
         self.pruned = pruned
@@ -53,6 +58,8 @@ class BatchInHand:
         self.labelled: Tensor | None = None
         self.met = self.reached = False
         self.evaluated: str | None = None
+        self._takes_norms = takes_norms
+        self._begin_norms()
         self._sample_weights, self._indices, self._pair_weights = weights, indices, pair_weights
 
     def restart(self) -> None:
@@ -63,6 +70,11 @@ class BatchInHand:
         self.rows = Rows(self.rows.weights, blank_factor=self.rows.blank_factor)
         self.labelled = None
         self.met = False
+        self._begin_norms()
+
+    def _begin_norms(self) -> None:
+        self.norms = SampleNorms() if self._takes_norms else None
+        self.norms_of = ""
 
     def mix(self, shares: Tensor) -> None:
         """Weigh mixed images from here on; see :meth:`.TrainingStep.mix`."""
@@ -134,4 +146,6 @@ class BatchInHand:
         scores, valid = scored
         if self.labelled is not None:
             valid = valid & moved(self.labelled, valid.device)
+        if self.norms is not None:
+            scores = self.norms.in_place_of(scores) if self.norms_of else scores.clamp(min=0)
         return (scores, valid) if self.shares is None else divided(scores, valid, self.shares)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .dissect.coverage import Coverage
 from .dissect.results import losses_in
+from .norms import expect_norms
 from .view import LossView
 from .weigher import LossWeigher
 
@@ -49,6 +50,7 @@ class ModelView(LossView):
                     batch.labelled = self._labelled(self.owner, value)
         losses = self.host(*args, **kwargs)
         self._coverage.check(dict(losses_in(losses)), batch.pruned)
+        expect_norms(self.weigher, losses)
         return losses
 
 

@@ -19,10 +19,15 @@ class TrainingStep:
 
     Attributes:
         mixes (bool): Whether images are mixed in this run, or were: scores keep one scale, also where mixing ends.
+        takes_norms (bool): Whether samples are scored by the norms of their gradients, in place of losses.
+        norms_of (str): What the scores of the batch that was ended last are norms of, ``'layer'`` or ``'outputs'``;
+            ``'losses'`` where no gradient was found.
     """
 
     def __init__(self) -> None:
         self.mixes = False
+        self.takes_norms = False
+        self.norms_of = ""
         self._batch: BatchInHand | None = None
         self._suspended = False
 
@@ -95,7 +100,7 @@ class TrainingStep:
         """
         if not 0 < blank_factor < float("inf"):
             raise ValueError(f"blank_factor={blank_factor}: expected a positive number, 1 where no sample is blank")
-        self._batch = BatchInHand(weights, pruned, indices, pair_weights, blank_factor)
+        self._batch = BatchInHand(weights, pruned, indices, pair_weights, blank_factor, self.takes_norms)
 
     def end(self) -> tuple[Tensor | None, Tensor | None]:
         """Give the batch back; without one, nothing was scored.
@@ -112,6 +117,7 @@ class TrainingStep:
         batch, self._batch = self._batch, None
         if batch is None:
             return None, None
+        self.norms_of = batch.norms_of or "losses"
         scored = batch.result()
         if scored is not None:
             return scored

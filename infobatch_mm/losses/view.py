@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .norms import watch_outputs
 from .weigher import LossWeigher
 
 
@@ -70,6 +71,8 @@ class LossView:
         # A view that calls its own module means the host.
         if self._inside or self._retired or not self.weigher.active:
             return self.host(*args, **kwargs)
+        if self.scored and not asks_for_elements(args, kwargs):
+            watch_outputs(self.weigher, (args, kwargs))
         self._inside = True
         try:
             result = self.weighed(*args, **kwargs)

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.annealed import AnnealedPolicy
+from ..core.chances import Thinning
 from ..core.checks import is_number, what_is_wrong
-from ..core.policy import AnnealedPolicy, Snapshot, Thinning
+from ..core.policy import Snapshot
 from ..core.policy_registry import register_policy
 
 
@@ -29,6 +31,7 @@ class InfoBatchPolicy(AnnealedPolicy):
         quantile (float, optional): Share of the seen samples, in (0, 1], that count as well learned: those with the
             lowest scores. A pass then saves ``quantile * prune_ratio`` of its visits, however scores are distributed,
             which makes scores comparable. Defaults to None: those below the mean, as in the paper.
+        options: ``target_saving``, ``min_worth``, ``rescale`` as :class:`.AnnealedPolicy` takes them.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -37,8 +40,10 @@ class InfoBatchPolicy(AnnealedPolicy):
     name = "infobatch"
     needs_scores = True
 
-    def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875, quantile: float | None = None) -> None:
-        super().__init__(prune_ratio, delta)
+    def __init__(
+        self, prune_ratio: float = 0.5, delta: float = 0.875, quantile: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(prune_ratio, delta, **options)
         if quantile is not None and (not is_number(quantile) or not 0 < quantile <= 1):
             raise ValueError(
                 f"quantile={quantile!r} {what_is_wrong(quantile, '(0, 1]')}: it is the share of the samples that count "
@@ -49,15 +54,25 @@ class InfoBatchPolicy(AnnealedPolicy):
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), **({} if self.quantile is None else {"quantile": self.quantile})}
 
-    def chances(self, snapshot: Snapshot) -> Thinning | None:
-        scores, seen = snapshot.scores, snapshot.seen
-        if self.prune_ratio == 0 or not seen.any():
+    def chances_at(self, snapshot: Snapshot, ratio: float) -> Thinning | None:
+        if not snapshot.seen.any():
             return None
+        return Thinning(*self._well_learned(snapshot, ratio))
+
+    def ratio_for(self, snapshot: Snapshot, saving: float) -> float:
+        if not snapshot.seen.any():
+            return 0.0
+        candidates = self._well_learned(snapshot, 0.0)[0]
+        return saving * len(candidates) / max(1, int(candidates.count_nonzero()))
+
+    def _well_learned(self, snapshot: Snapshot, ratio: float) -> tuple[Tensor, float, float | None]:
+        """Which samples are, shape ``(N,)``, bool; the ratio; and the score below which they are."""
+        scores, seen = snapshot.scores, snapshot.seen
         if self.quantile is not None:
             candidates, bound = _lowest(scores, seen, self.quantile)
-            return Thinning(candidates, self.prune_ratio, bound)
+            return candidates, ratio, bound
         threshold = float(np.mean(scores.numpy(), where=seen.numpy(), dtype=np.float64))
-        return Thinning((scores < threshold) & seen, self.prune_ratio, threshold)
+        return (scores < threshold) & seen, ratio, threshold
 
 
 def _lowest(scores: Tensor, seen: Tensor, quantile: float) -> tuple[Tensor, float | None]:

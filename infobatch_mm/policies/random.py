@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..core.policy import AnnealedPolicy, Snapshot, Thinning
+from ..core.annealed import AnnealedPolicy
+from ..core.chances import Thinning
+from ..core.policy import Snapshot
 from ..core.policy_registry import register_policy
 
 
@@ -15,17 +17,10 @@ class RandomPolicy(AnnealedPolicy):
     Every sample is skipped with probability ``prune_ratio``, whatever its loss, from the first pass on; the
     kept ones weigh n/k. RS2 (Okanovic et al., ICLR 2024) with InfoBatch's weights and annealing.
 
-    Args:
-        prune_ratio (float): Chance r that a sample is skipped, in [0, 1). Defaults to 0.5.
-        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+    Args: as :class:`.AnnealedPolicy`; ``prune_ratio`` is the chance r that a sample is skipped.
     """
 
     name = "random"
 
-    def chances(self, snapshot: Snapshot) -> Thinning | None:
-        if self.prune_ratio == 0:
-            return None
-        return Thinning(torch.ones_like(snapshot.seen), self.prune_ratio)
+    def chances_at(self, snapshot: Snapshot, ratio: float) -> Thinning:
+        return Thinning(torch.ones_like(snapshot.seen), ratio)

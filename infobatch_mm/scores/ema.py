@@ -46,16 +46,22 @@ class EmaScore(ScoreRule):
         average(columns, where, losses, self.score_ema)
 
 
-def average(columns: Columns, where: np.ndarray, losses: np.ndarray, decay: float) -> None:
-    """Fold losses into the averages of their samples; see :meth:`.ScoreRule.fold`."""
+def average(columns: Columns, where: np.ndarray, losses: np.ndarray, decay: float, squares: bool = False) -> None:
+    """Fold losses into the averages of their samples; see :meth:`.ScoreRule.fold`.
+
+    Args:
+        columns, where, losses: As there.
+        decay (float): Decay of the average, in [0, 1).
+        squares (bool): Whether to average squares, and keep the root. Defaults to False.
+    """
     if not decay:
         RawScore().fold(columns, where, losses)
         return
     for start in range(0, len(where), _BLOCK):
-        _average(columns, where[start : start + _BLOCK], losses[start : start + _BLOCK], decay)
+        _average(columns, where[start : start + _BLOCK], losses[start : start + _BLOCK], decay, squares)
 
 
-def _average(columns: Columns, where: np.ndarray, new: np.ndarray, decay: float) -> None:
+def _average(columns: Columns, where: np.ndarray, new: np.ndarray, decay: float, squares: bool) -> None:
     values, times = columns.values.numpy(), columns.times_seen.numpy()
     columns.seen.numpy()[where] = True
     while len(where):  # once, but for samples that were visited several times
@@ -63,5 +69,8 @@ def _average(columns: Columns, where: np.ndarray, new: np.ndarray, decay: float)
         at = where[first]
         times[at] += 1
         share = ((1 - decay) / (1 - decay ** times[at])).astype(np.float32)
-        values[at] += share * (new[first] - values[at])
+        if squares:
+            values[at] = np.sqrt(values[at] ** 2 + share * (new[first] ** 2 - values[at] ** 2))
+        else:
+            values[at] += share * (new[first] - values[at])
         where, new = np.delete(where, first), np.delete(new, first)

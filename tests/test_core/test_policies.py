@@ -11,7 +11,7 @@ from reference import kept_count as slow_kept_count
 from reference import pruned_passes
 
 from infobatch_mm.core import EpochSchedule, PruningPolicy, build_policy
-from infobatch_mm.core.policy import kept_count
+from infobatch_mm.core.chances import kept_count
 from infobatch_mm.policies import InfoBatchPolicy, NoPruning
 
 

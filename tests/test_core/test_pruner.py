@@ -382,10 +382,10 @@ def test_other_settings_are_refused_with_both(theirs: PruningPolicy, ours: Pruni
     assert all(value in message for value in named)
 
 
-@pytest.mark.parametrize("version", [4, 99, None, "1"])
+@pytest.mark.parametrize("version", [5, 99, None, "1"])
 def test_newer_or_unknown_version_is_refused_with_both(version: object):
     message = refusal(make(), {**make().state_dict(), "version": version})
-    assert repr(version) in message and "up to 3" in message
+    assert repr(version) in message and "up to 4" in message
 
 
 @pytest.mark.parametrize("key", ["scores", "seen", "times_seen"])
@@ -442,7 +442,8 @@ def test_own_policy_takes_part_in_a_run():
 
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
-    for key in ("score", "score_ema", "score_settings", "skipped", "unusable"):  # which earlier versions did not write
+    later = ("score", "score_ema", "score_settings", "skipped", "forward_visits", "unusable")
+    for key in later:  # which earlier versions did not write
         del state[key]
     for key in state:
         with pytest.raises(ValueError, match=r"damaged|version"):

@@ -433,8 +433,9 @@ def test_resumed_with_another_batch_size_the_schedule_still_ends_with_the_traini
         Setup(accumulate=4, seedable=True, epochs=6),
         Setup(policy="none", noise=True, item_seed=True, seedable=True, accumulate=3, epochs=3),
         Setup(samples=22, epochs=5, noise=True, item_seed=True, more={"score": "timestep"}),
+        Setup(samples=22, epochs=5, noise=True, item_seed=True, policy="variance", accumulate=2),
     ],
-    ids=["noise", "accumulated", "policy none", "by noise level"],
+    ids=["noise", "accumulated", "policy none", "by noise level", "by gradient"],
 )
 def test_resumed_at_any_step_it_is_the_same_training_to_the_bit(tmp_path: Path, setup: Setup):
     straight = Run(setup)

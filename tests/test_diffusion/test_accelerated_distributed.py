@@ -128,7 +128,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(ranks: list[dict[
         one.journal, weights, first["journal"], second["journal"], first["weights"], second["weights"], strict=True
     ):
         assert a["index"] + b["index"] == entry["index"]
-        assert gamma_a + gamma_b == gamma
+        assert gamma_a + gamma_b == pytest.approx(gamma, rel=1e-5)  # chances follow the last digits of scores
         assert a["losses"] + b["losses"] == pytest.approx(entry["losses"], rel=TOLERANCE, abs=TOLERANCE)
         assert a["lr"] == b["lr"] == pytest.approx(entry["lr"], abs=1e-12)
         assert a["updated"] == entry["updated"]

@@ -131,14 +131,16 @@ class Run:
                 current = self.pruner.pass_index if ib else epoch
                 x = batch["x"] + 0.1 * torch.randn_like(batch["x"]) if self.setup.noise else batch["x"]
                 with self.accelerator.accumulate(self.model):
-                    losses = (self.model(x) - batch["y"]) ** 2
+                    outputs = self.model(x)
+                    losses = (outputs - batch["y"]) ** 2
                     entry = {
                         "pass": current,
                         "index": batch["index"].tolist(),
                         "losses": losses.detach().flatten().tolist(),
                     }
                     level = batch["x"][:, 0] * 3  # looked at where scores are by noise level
-                    self.accelerator.backward(ib.weigh(losses, log_snr=level) if ib else losses.mean())
+                    weighed = ib.weigh(losses, log_snr=level, outputs=outputs) if ib else losses.mean()
+                    self.accelerator.backward(weighed)
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()

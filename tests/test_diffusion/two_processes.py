@@ -63,6 +63,7 @@ TRAININGS = {
     "split": Setup(samples=44, split=True),
     "split, accumulated": Setup(samples=44, split=True, accumulate=4),
     "by noise level": Setup(samples=44, batch_size=2, more={"score": "timestep"}),
+    "by gradient, accumulated": Setup(samples=44, batch_size=2, accumulate=2, policy="variance"),
     "in steps": Setup(samples=44, batch_size=2, steps=80),
     "split, accumulated, in steps": Setup(samples=44, split=True, accumulate=4, steps=20),
     "split, dispatched": Setup(samples=44, split=True, dispatch=True),

@@ -364,6 +364,12 @@ CASES: dict[str, Callable[[Case], Any]] = {
         prune_ratio=0.5, policy=dict(type="infobatch", prune_ratio=0.4)
     ),
     "a policy of the user's that visits a sample twice": lambda case: case.hooked(policy=OddPolicy()),
+    "a ratio and a target": lambda case: case.hooked(policy=dict(type="variance", prune_ratio=0.3, target_saving=0.4)),
+    "a target that the passes cannot meet": lambda case: case.hooked(policy=dict(type="variance", target_saving=0.8)),
+    "`rescale='steps'`": lambda case: case.hooked(policy=dict(type="random", rescale="steps")),
+    "a chance below the smallest": lambda case: case.hooked(policy="variance", prune_ratio=0.95),
+    "a last layer that is none": lambda case: case.hooked(score=dict(type="gradient", layer="decode_head")),
+    "`norm='precise'`": lambda case: case.hooked(norm="precise"),
     "`seed=-1`": lambda case: case.hooked(seed=-1),
     "`score_ema=1`": lambda case: case.hooked(score_ema=1),
     "two hooks": lambda case: case.train(custom_hooks=ONE_LINE * 2),

@@ -280,7 +280,7 @@ def test_records_of_several_devices_keep_their_order():
 def test_a_million_records_wait_once():
     store, waits = ScoreStore(40), 0
     losses, indices = far(torch.rand(4096)), torch.arange(4096) % 40
-    for _ in range(256):
+    for _ in range(257):  # the last one stays where it is: norms of gradients may yet come in
         with noted() as notes:
             store.record(indices, losses)
         waits += bool(notes.waits)

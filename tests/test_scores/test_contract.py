@@ -18,7 +18,18 @@ from infobatch_mm.policies import InfoBatchPolicy
 N = 20
 
 #: Every score of the package, and arguments that make another one of it.
-SCORES: list[Any] = [*sorted(registered()), dict(type="ema", score_ema=0.5), dict(type="timestep", score_ema=0.0)]
+OURS = [name for name, each in sorted(registered().items()) if each.__module__.startswith("infobatch_mm.")]
+SCORES: list[Any] = [
+    *OURS,
+    dict(type="ema", score_ema=0.5),
+    dict(type="timestep", score_ema=0.0),
+    dict(type="gradient", layer="head.fc"),
+    dict(type="gradient", score_ema=0.5),
+    dict(type="bls", score_ema=0.0),
+    dict(type="ucb", score_ema=0.5, confidence=2.0),
+    dict(type="second_difference", differences=1),
+    dict(type="forgetting", learned_below=0.4),
+]
 
 
 @pytest.fixture(params=SCORES, ids=str)
@@ -35,7 +46,12 @@ def visit(store: ScoreStore, seed: int, **changes: Any) -> None:
 
 
 def same(one: ScoreStore, other: ScoreStore) -> bool:
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("values", "seen", "times_seen"))
+    columns, others = one.rule.columns, other.rule.columns
+    return (
+        all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("values", "seen", "times_seen"))
+        and columns.keys() == others.keys()
+        and all(torch.equal(columns[name], others[name]) for name in columns)
+    )
 
 
 def test_a_pass_gives_finite_scores_to_what_it_visits_and_nothing_else(score: Any):
@@ -46,6 +62,7 @@ def test_a_pass_gives_finite_scores_to_what_it_visits_and_nothing_else(score: An
     assert 7 < int(store.seen.sum()) <= N and torch.isfinite(store.values).all()
     assert torch.equal(store.times_seen > 0, store.seen) and int(store.times_seen.sum()) == 24
     assert not store.values[~store.seen].any()
+    assert all(each.shape == (N,) for each in store.rule.columns.values())
 
 
 def test_what_is_unusable_is_counted_and_changes_nothing(score: Any):
@@ -57,8 +74,9 @@ def test_what_is_unusable_is_counted_and_changes_nothing(score: Any):
     visit(store, 2, valid=torch.zeros(8, dtype=torch.bool))
     store.record(torch.tensor([-1]), torch.ones(1), None, torch.zeros(1))  # only fills a batch up
     store.settle()
+    clean.settle()  # a pass of nothing
     assert (store.num_nonfinite, store.num_invalid) == (8, 8)
-    assert torch.equal(store.seen, clean.seen) and torch.equal(store.times_seen, clean.times_seen)
+    assert same(store, clean)
 
 
 def test_inputs_are_left_alone(score: Any):
@@ -86,17 +104,20 @@ def test_a_resumed_store_goes_on_as_if_nothing_had_happened(score: Any, amid: bo
     resumed = ScoreStore(N, score=score)
     visit(resumed, 9)  # which is forgotten
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    for each in (store, resumed):
-        visit(each, 2)
-        each.settle()
-    assert same(store, resumed)
+    for seed in (2, 3):
+        for each in (store, resumed):
+            visit(each, seed)
+            each.settle()
+        assert same(store, resumed)
 
 
 def test_settings_make_the_same_score(score: Any):
     settings = ScoreStore(N, score=score).settings()
-    assert set(settings) == {"score", "score_ema"}
-    assert build_score(settings["score"], settings["score_ema"]).settings() == settings
-    assert build_score(dict(type=settings["score"], score_ema=settings["score_ema"])).settings() == settings
+    name, score_ema, own = settings["score"], settings["score_ema"], dict(settings)
+    del own["score"], own["score_ema"]
+    assert build_score(dict(type=name, **own), score_ema).settings() == settings
+    assert build_score(dict(type=name, score_ema=score_ema, **own)).settings() == settings
+    assert build_score(eval(repr(ScoreStore(N, score=score).rule))).settings() == settings
 
 
 def test_a_state_of_another_score_or_a_damaged_one_is_refused(score: Any):

@@ -153,7 +153,7 @@ def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
     Returns:
         float: In [0, 1).
     """
-    policy = InfoBatchPolicy(summary["prune_ratio"], summary["delta"])
+    policy = InfoBatchPolicy(delta=summary["delta"])
     passes = [p for p in range(schedule.num_passes) if policy.is_active(schedule.progress(p))]
     prunable = sum(schedule.full_visits(p) for p in passes)
     return (summary["visits_full"] - summary["visits"]) / prunable if prunable else 0.0
