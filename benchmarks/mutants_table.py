@@ -39,6 +39,10 @@ FAMILIES = (
     "test_core/test_pruner.py "
     "test_loop/test_infobatch.py::test_long_trainings_agree_with_the_twin"
 )
+DRAWS = "test_core/test_systematic.py test_policies/test_contract.py"
+TARGETS = "test_policies test_engine/test_variance.py test_core/test_annealed.py"
+NORMS = "test_loop/test_gradient.py test_losses/test_gradient_scores.py test_diffusion/test_gradient.py"
+STATISTICS = "test_core/test_recalibration.py test_engine/test_recalibration.py"
 SCORES = "test_scores/test_contract.py test_core/test_scores.py test_core/test_noise_levels.py test_core/test_pruner.py"
 LOOP = "test_loop/test_infobatch.py test_loop/test_scheduler.py test_loop/test_users.py test_loop/test_misbehaving.py"
 SCRIPT = (
@@ -55,9 +59,41 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "return (len(self) - 1) / (population - 1), level, without_replacement",
          "return (len(self) - 1) / (population - 1), level, 1.0"),
     ],
-    "core/policy.py": [
+    "core/chances.py": [
         ("kept-count-takes-the-smallest", CHEAP, "key=lambda k: abs(k - target)", "key=lambda k: k"),
+        ("weights-of-the-chances-asked-for", DRAWS, "ONE / units[places] if", "1 / found[places] if"),
+        ("certain-samples-drawn-too", DRAWS, "np.flatnonzero(chances >= 1.0), np.flatnonzero((chances < 1.0)",
+         "np.flatnonzero(chances > 1.0), np.flatnonzero((chances <= 1.0)"),
+        ("ties-by-the-last-digit", DRAWS, "round(abs(k - total), 6)", "-round(abs(k - total), 6)"),
+    ],
+    "core/systematic.py": [
+        ("start-is-left-out", DRAWS, "ends += ONE - 1 - start", "ends += ONE - 1"),
+        ("one-order-for-all", DRAWS, "ends = units[order]", "ends = units.copy()"),
+        ("nothing-for-size-zero", DRAWS, "total >= number + lowest * (count - number)", "total > count"),
+        ("factor-without-bounds", DRAWS, "free = (chances > lowest) & (chances < 1.0)", "free = chances > -1"),
+    ],
+    "core/worth.py": [
+        ("worth-of-plain-norms", DRAWS, "squares = np.square(norms, dtype=np.float64)", "squares = np.asarray(norms)"),
+    ],
+    "core/annealed.py": [
         ("annealing-one-pass-late", CHEAP, "progress < self.delta - 1e-9", "progress <= self.delta + 1e-9"),
+        ("target-forgets-what-was-saved", TARGETS, "self.target_saving - snapshot.saved", "self.target_saving"),
+        ("worth-not-asked", TARGETS, "worth(norms, found.by_sample()) >= least", "True"),
+    ],
+    "core/sample_norms.py": [
+        ("norm-times-weight", NORMS, "norms = self._squares.sqrt() / (self._factors * self._upstream)",
+         "norms = self._squares.sqrt() / self._upstream"),
+        ("loss-scale-kept", NORMS, "(self._factors * self._upstream)", "self._factors"),
+        ("bias-left-out", NORMS, "* (_sum_of_squares(inputs) + (layer.bias is not None))", "* _sum_of_squares(inputs)"),
+        ("kernel-seen-in-one-place", NORMS, "parts.append(part)", "parts = [part]"),
+        ("overflow-taken-for-a-norm", NORMS, "torch.isfinite(norms) & (self._norms == self._norms)",
+         "(self._norms == self._norms)"),
+    ],
+    "core/recalibration.py": [
+        ("momentum-not-put-back", STATISTICS, "            each.momentum = momentum\n", ""),
+        ("generators-not-put-back", STATISTICS, "        rng.restore(generators)\n", ""),
+        ("statistics-of-unseen-layers-lost", STATISTICS, "                each.running_mean.copy_(mean)\n", ""),
+        ("processes-not-averaged", STATISTICS, "each.copy_(part.view_as(each))", "pass"),
     ],
     "core/schedule.py": [
         ("last-partial-pass-dropped", CHEAP,
@@ -175,7 +211,7 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "policies/random.py": [
         ("random-spares-unseen", FAMILIES,
-         "Thinning(torch.ones_like(snapshot.seen), self.prune_ratio)", "Thinning(snapshot.seen, self.prune_ratio)"),
+         "Thinning(torch.ones_like(snapshot.seen), ratio)", "Thinning(snapshot.seen, ratio)"),
     ],
     "scores/ema.py": [
         ("ema-without-its-correction", SCORES, "(1 - decay) / (1 - decay ** times[at])", "(1 - decay) + 0 * times[at]"),

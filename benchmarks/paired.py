@@ -22,6 +22,7 @@ def paired_steps(
     least: int = 1,
     seconds: float = math.inf,
     warm_up: int = 1,
+    score: str = "raw",
 ) -> list[tuple[float, float]]:
     """Time SGD steps of one model on one batch, alternately.
 
@@ -38,12 +39,14 @@ def paired_steps(
         least (int): Pairs at least. Defaults to 1.
         seconds (float): No more pairs than ``least`` are begun after so long. Defaults to no limit.
         warm_up (int): Pairs that are not timed. Defaults to 1.
+        score (str): What samples are scored by. Defaults to ``'raw'``.
 
     Returns:
         list: Seconds with weighing and without, of each pair.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    weigher, store = LossWeigher(), ScoreStore(len(weights))
+    weigher, store = LossWeigher(), ScoreStore(len(weights), score=score)
+    weigher.takes_norms = store.rule.takes_norms
     indices = torch.arange(len(weights))
     views = attach_views(model, weigher)
 

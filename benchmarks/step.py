@@ -1,6 +1,6 @@
 """Cost of the hook in a training step, against the host's own step.
 
-    python benchmarks/step.py [CONFIG] [--size 64] [--batch-size 8] [--pairs 60]
+    python benchmarks/step.py [CONFIG] [--size 64] [--batch-size 8] [--pairs 60] [--score gradient]
 
 Steps of the same model on the same batch alternate; the figure is the median of the paired ratios. A step with the hook
 looks the batch's weights up, weighs its losses and records its scores, as in a run; a step without is the host's own
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="width and height of the images")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=60)
+    parser.add_argument("--score", default="raw", help="what samples are scored by: raw, gradient, ...")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -75,7 +76,8 @@ def main() -> None:
         return model.parse_losses(model.loss(**batch))[0]
 
     weights = torch.rand(args.batch_size) + 0.5
-    pairs = paired_steps(model, loss, weights, lr=1e-3, most=args.pairs, least=args.pairs, warm_up=5)
+    most = args.pairs
+    pairs = paired_steps(model, loss, weights, lr=1e-3, most=most, least=most, warm_up=5, score=args.score)
     ratios = sorted(on / off for on, off in pairs)
     host = statistics.median(off for _, off in pairs)
     quartiles = statistics.quantiles(ratios, n=4)
