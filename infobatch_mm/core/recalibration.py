@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NORMS = ("recalibrate",)
 #: Batches of all processes that statistics are estimated on: their noise is a quarter of one batch's.
 BATCHES = 16
+# Full batches after which running averages with the usual momentum of 0.1 hold less than 1 % of what was before.
+_FORGOTTEN = 44
 # Tells the draws of its batches from the plans' own.
 _KEY = 0x6E6F726D
 
@@ -103,10 +105,11 @@ class Recalibration:
             batch_size (int): Samples in a batch of this process.
 
         Returns:
-            int: Number of layers; 0 where there are none, or nothing was pruned since the last time.
+            int: Number of layers; 0 where there are none, nothing was trained since the last time, or the statistics
+            are of full passes again.
         """
         training = self._training
-        if self._done_at == training.visits or not self._has_pruned:
+        if self._done_at == training.visits or not self._is_biased:
             return 0
         self._done_at = training.visits
         world = world_size(training.group)
@@ -121,16 +124,17 @@ class Recalibration:
         return len(layers)
 
     @property
-    def _has_pruned(self) -> bool:
-        training = self._training
-        if training.plan is not None and training.plan.pruned:
+    def _is_biased(self) -> bool:
+        """Whether the running statistics still hold some of a pruned pass."""
+        training, batch = self._training, self._training.schedule.batch_size
+        plan = training.plan
+        if plan is not None and plan.pruned:
             return True
-        # Full passes leave out less than a batch.
-        least = training.schedule.batch_size
-        return any(
-            entry["kept"] + entry.get("skipped", 0) + least <= training.schedule.full_visits(entry["pass"])
-            for entry in training.history
-        )
+        since = 0 if plan is None else training.visited // batch
+        if not training.history or since >= _FORGOTTEN:
+            return False
+        last = training.history[-1]  # full passes leave out less than a batch
+        return last["kept"] + last.get("skipped", 0) + batch <= training.schedule.full_visits(last["pass"])
 
 
 @contextmanager

@@ -31,7 +31,8 @@ class InfoBatchPolicy(AnnealedPolicy):
         quantile (float, optional): Share of the seen samples, in (0, 1], that count as well learned: those with the
             lowest scores. A pass then saves ``quantile * prune_ratio`` of its visits, however scores are distributed,
             which makes scores comparable. Defaults to None: those below the mean, as in the paper.
-        options: ``target_saving``, ``min_worth``, ``rescale`` as :class:`.AnnealedPolicy` takes them.
+        options: ``target_saving``, ``min_worth``, ``rescale``, ``keep``, ``lr_rule`` as :class:`.AnnealedPolicy` takes
+            them.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -28,7 +28,8 @@ class VariancePolicy(AnnealedPolicy):
         delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
         pi_min (float): Smallest chance of a sample, in (0, 1]: no visit stands for more than ``1 / pi_min``. Defaults
             to 0.1.
-        options: ``target_saving``, ``min_worth``, ``rescale`` as :class:`.AnnealedPolicy` takes them.
+        options: ``target_saving``, ``min_worth``, ``rescale``, ``keep``, ``lr_rule`` as :class:`.AnnealedPolicy` takes
+            them.
 
     Raises:
         ValueError: If an argument is out of its range, or ``pi_min`` leaves no room for the ratio.

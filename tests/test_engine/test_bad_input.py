@@ -368,6 +368,10 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "a target that the passes cannot meet": lambda case: case.hooked(policy=dict(type="variance", target_saving=0.8)),
     "`rescale='steps'`": lambda case: case.hooked(policy=dict(type="random", rescale="steps")),
     "a chance below the smallest": lambda case: case.hooked(policy="variance", prune_ratio=0.95),
+    "`keep='step'`": lambda case: case.hooked(policy=dict(type="variance", keep="step")),
+    "a rule for learning rates without smaller batches": lambda case: case.hooked(
+        policy=dict(type="variance", lr_rule="sqrt")
+    ),
     "a last layer that is none": lambda case: case.hooked(score=dict(type="gradient", layer="decode_head")),
     "`norm='precise'`": lambda case: case.hooked(norm="precise"),
     "`seed=-1`": lambda case: case.hooked(seed=-1),
