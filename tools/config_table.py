@@ -14,7 +14,8 @@ Every pruned config beside its unpruned twin. A pruned one adds the line to its 
 
 ADE20K is expected at `data/ade/ADEChallengeData2016`, ImageNet at `data/imagenet`, CIFAR at `data/cifar10` and
 `data/cifar100`, as in the hosts. The small CIFAR-10 config reads the file that `CIFAR10_NPZ` names, with arrays
-`train_x, train_y, test_x, test_y` (and `classes`); CamVid and the nuclei are found by `CAMVID_ROOT` and `NUCLEI_ROOT`.
+`train_x, train_y, test_x, test_y` (and `classes`); CamVid, the nuclei and their cells are found by
+`CAMVID_ROOT`, `NUCLEI_ROOT` and `NUCLEI_CELLS_ROOT`.
 The fine-tunings of `mae/` start from a checkpoint of the pruned pre-training, or from the one that you name. Recipes
 (`.yaml`) are for `tools/train_ldm.py`.
 

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from ..core import EpochSchedule, Pruner, PruningPolicy, Training, Watcher, build_policy
 from ..core.checks import checked_length, whole_number
 from ..core.distributed import require_equal
+from ..core.last_layer import norms_to_come
 from ..core.lengths import length_line
 from ..core.meeting import PATIENCE_S
-from ..core.sample_norms import norms_to_come
 from ..core.score_rule import ScoreRule
 from ..core.short_runs import short_run_line
 from ..policies import NoPruning
@@ -225,6 +225,8 @@ class AcceleratedInfoBatch(ScriptStanding, ScriptModel):
             layer, outputs = (None, None) if scores is not None else (self._layer, outputs)
             norms = norms_to_come(rule, layer, per_sample, outputs)
             factors = batch.weights / len(per_sample)
+            if norms is not None and not per_sample.requires_grad:
+                return weighted  # a look: the norms come with the backward pass of another call
             ranked = ranked.clamp(min=0) if norms is None else norms.expect(per_sample, factors, weighted)
         self._walk.take(batch, ranked, log_snr)
         return weighted

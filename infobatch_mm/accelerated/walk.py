@@ -248,9 +248,10 @@ class PassWalk:
     def finish_pass(self) -> None:
         """End the pass, and say what it came to; every process must call it."""
         self._touched = False
-        self._rates.pass_over()
         training = self._training
         entry = training.finish_pass()
+        if training.finished:
+            self._rates.training_over()
         found = training.store.num_nonfinite
         fresh, self._nonfinite_known = found - self._nonfinite_known, found
         self._notices.pass_done(training, entry, fresh, self.wall_time_s)

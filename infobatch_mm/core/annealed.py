@@ -146,7 +146,9 @@ class AnnealedPolicy(PruningPolicy):
             return
         first = pass_share if self.needs_scores else 0.0
         spans = min(1.0, math.ceil((self.delta - 1e-9) / pass_share) * pass_share) - first
-        most = max(0.0, spans) * min(self.largest_ratio, 1 - batch_share)
+        # What a pass visits at least is full batches.
+        least = math.ceil((1 - self.largest_ratio) / batch_share - 1e-9) * batch_share
+        most = max(0.0, spans) * (1 - max(least, batch_share))
         if self.target_saving > most + 1e-9:
             raise ValueError(
                 f"target_saving={self.target_saving} cannot be met: at most {most:.3f} of the visits can be saved in "

@@ -35,6 +35,7 @@ class Books:
             the schedule says.
         forward_visits (int): Visits that only estimated running statistics, without a backward pass; none of the
             others.
+        last_pruned (int): The last pass whose plan left samples out; -1 before there is one.
         history (list[dict]): One entry per finished pass: ``pass, kept, skipped, kept_ratio, threshold, score_mean``;
             ``kept`` counts visits that were weighed, ``skipped`` those that were only handed out.
     """
@@ -53,6 +54,7 @@ class Books:
         self.visits_before = 0
         self.full_before = 0
         self.forward_visits = 0
+        self.last_pruned = -1
         self.history: list[dict[str, Any]] = []
         self._booked = {"kept": 0, "skipped": 0}  # sums over the history, which has thousands of passes at times
 

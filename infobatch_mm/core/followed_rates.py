@@ -52,8 +52,8 @@ class FollowedRates:
             )
         self._factor = factor
 
-    def pass_over(self) -> None:
-        """No step of the pass is left, unless a batch that was fetched ahead is weighed now."""
+    def training_over(self) -> None:
+        """What is stepped from here on is the user's own."""
         self._factor = 1.0
 
     def lr_factor(self) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .last_layer import LastLayer
 from .recalibration import Recalibration
-from .sample_norms import LastLayer
 from .training import Training
 
 

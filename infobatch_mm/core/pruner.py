@@ -199,6 +199,8 @@ class Pruner(Training):
 
     def _set_plan(self, plan: Plan | None) -> None:
         self.plan = plan
+        if plan is not None and plan.pruned:
+            self.last_pruned = self.pass_index
         self._weights = None if plan is None else PlanWeights(plan, self.schedule.num_samples)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import rng
-from .distributed import Group, all_gather_ragged, rank, world_size
+from .distributed import Group, all_gather_ragged, gather, rank, world_size
 
 if TYPE_CHECKING:
     from .training import Training
@@ -79,7 +79,7 @@ def uniform_batches(num_samples: int, batch_size: int, key: tuple[int, ...], pla
 
 
 class Recalibration:
-    """Estimates the running statistics of a training's model, where a pruned pass has changed it since the last time.
+    """Estimates the running statistics of a training's model, where they still hold some of a pruned pass.
 
     Args:
         training (Training): Counts the visits.
@@ -87,7 +87,6 @@ class Recalibration:
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        self._done_at: int | None = None
 
     def run(
         self,
@@ -105,13 +104,12 @@ class Recalibration:
             batch_size (int): Samples in a batch of this process.
 
         Returns:
-            int: Number of layers; 0 where there are none, nothing was trained since the last time, or the statistics
-            are of full passes again.
+            int: Number of layers; 0 where there are none, or the statistics are of full passes.
         """
         training = self._training
-        if self._done_at == training.visits or not self._is_biased:
+        # Agreed on: a process that stays behind would leave the others waiting.
+        if not any(gather(self._is_biased, training.group)):
             return 0
-        self._done_at = training.visits
         world = world_size(training.group)
         with estimating(model, training.group) as layers:
             if layers:
@@ -126,15 +124,12 @@ class Recalibration:
     @property
     def _is_biased(self) -> bool:
         """Whether the running statistics still hold some of a pruned pass."""
-        training, batch = self._training, self._training.schedule.batch_size
-        plan = training.plan
-        if plan is not None and plan.pruned:
-            return True
-        since = 0 if plan is None else training.visited // batch
-        if not training.history or since >= _FORGOTTEN:
+        training = self._training
+        if training.last_pruned < 0:
             return False
-        last = training.history[-1]  # full passes leave out less than a batch
-        return last["kept"] + last.get("skipped", 0) + batch <= training.schedule.full_visits(last["pass"])
+        since = training.visited if training.pass_index > training.last_pruned else 0
+        since += sum(entry["kept"] for entry in training.history if entry["pass"] > training.last_pruned)
+        return since < _FORGOTTEN * training.schedule.batch_size
 
 
 @contextmanager
@@ -142,7 +137,8 @@ def estimating(model: nn.Module, group: Group = None) -> Iterator[list[_BatchNor
     """Take the running statistics anew from the forward passes inside, which must be in training mode.
 
     Nothing else of the process is changed: random generators, momenta and counts of batches are put back. A layer that
-    sees no batch keeps its statistics. Means and variances are averages over batches and processes.
+    sees no batch keeps its statistics, as all do if an exception ends it. Means and variances are averages over batches
+    and processes.
 
     Args:
         model (nn.Module): The model, on every process.
@@ -160,14 +156,16 @@ def estimating(model: nn.Module, group: Group = None) -> Iterator[list[_BatchNor
     for each in layers:
         each.momentum = None  # type: ignore[assignment] # a cumulative average
         each.reset_running_stats()
+    is_done = False
     try:
         with torch.no_grad():
             yield layers
         _average([found for each in layers for found in (each.running_mean, each.running_var)], group)
+        is_done = True
     finally:
         for each, (momentum, tracked, mean, variance) in zip(layers, before, strict=True):
             assert each.running_mean is not None and each.running_var is not None
-            if each.num_batches_tracked is None or not int(each.num_batches_tracked):
+            if not is_done or each.num_batches_tracked is None or not int(each.num_batches_tracked):
                 each.running_mean.copy_(mean)
                 each.running_var.copy_(variance)
             each.momentum = momentum

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .score_rule import ScoreRule
-
 #: What norms are before the backward pass has come to them.
 NOT_YET = -1.0
 
@@ -41,6 +39,8 @@ def layer_squares(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
         Tensor: Shape ``(B,)``, float32.
     """
     dtype = torch.promote_types(inputs.dtype, gradient.dtype)
+    if dtype == torch.float16:  # which sums over many positions overflow
+        dtype = torch.float32
     inputs, gradient = inputs.to(dtype), gradient.to(dtype)
     if isinstance(layer, nn.Linear):
         if gradient.dim() == 2:  # one position: the norm of an outer product is the product of the norms
@@ -81,9 +81,14 @@ class SampleNorms:
     """Norms of the gradients of one batch's samples, which its backward pass fills in.
 
     Watch a layer or the outputs in the forward pass, then say by :meth:`expect` what the backward pass begins from.
+
+    Attributes:
+        is_known (bool): Whether the backward pass has come to all that is watched.
     """
 
     def __init__(self) -> None:
+        self.is_known = False
+        self._watched = self._come = 0
         self._squares: Tensor | None = None
         self._norms: Tensor | None = None
         self._factors: Tensor | None = None
@@ -91,10 +96,12 @@ class SampleNorms:
 
     def watch_layer(self, layer: nn.Module, inputs: Tensor, output: Tensor) -> None:
         """Take the norms from a call of a layer; its output has a gradient."""
+        self._watched += 1
         output.register_hook(partial(self._from_layer, layer, inputs.detach()))
 
     def watch_outputs(self, outputs: Tensor) -> None:
         """Take the norms at the model's outputs, shape ``(B, ...)``, which have a gradient."""
+        self._watched += 1
         outputs.register_hook(self._from_outputs)
 
     def expect(self, losses: Tensor, factors: Tensor, objective: Tensor) -> Tensor:
@@ -124,6 +131,8 @@ class SampleNorms:
         return torch.where(losses.isnan(), losses, self._norms.to(losses.device))
 
     def _from_objective(self, gradient: Tensor) -> None:
+        # A second backward pass from here fills in the same norms; one from elsewhere is none of this batch's.
+        self._squares, self._come = None, 0
         self._upstream = gradient.detach().sum().abs().float()
 
     def _from_layer(self, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
@@ -139,92 +148,22 @@ class SampleNorms:
     def _fill(self, squares: Tensor, unit: Tensor) -> None:
         if self._norms is None or self._factors is None or self._upstream is None or len(squares) != len(self._norms):
             return
-        # What was watched in several places is one gradient.
-        squares = squares * unit.float().square()
+        if self._come >= self._watched:
+            return
+        self._come += 1
+        self.is_known = self._come == self._watched
+        # Divided before it is squared: scales of losses grow beyond the root of the largest number. What was watched
+        # in several places is one gradient.
+        squares = squares * (unit.float() / self._upstream).square()
         self._squares = squares if self._squares is None else self._squares + squares
-        norms = self._squares.sqrt() / (self._factors * self._upstream)
+        norms = self._squares.sqrt() / self._factors
         # In place: whoever records the norms holds this very tensor. A gradient that overflowed is none.
         self._norms.copy_(torch.where(torch.isfinite(norms) & (self._norms == self._norms), norms, self._norms))
 
 
 def _unit(gradient: Tensor) -> Tensor:
     """A scalar by which to divide a gradient, so that products of half precision neither overflow nor vanish."""
+    if not gradient.numel():
+        return gradient.new_ones(())
     largest = gradient.abs().amax()
     return torch.where(largest > 0, largest, torch.ones_like(largest))
-
-
-class LastLayer:
-    """Watches the last layer of a model.
-
-    Args:
-        layer (nn.Module): A linear layer or a plain convolution, which is called once for each batch.
-
-    Raises:
-        ValueError: If its gradient cannot be taken apart by sample.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        if not is_known(layer):
-            raise ValueError(
-                f"the gradient of a {type(layer).__name__} cannot be taken apart by sample: give an nn.Linear, or a "
-                "convolution without groups, that the losses are computed from; or weigh(..., outputs=...)"
-            )
-        self._handle = layer.register_forward_hook(self._called)
-        self._call: tuple[SampleNorms, int] | None = None
-
-    def _called(self, layer: nn.Module, arguments: tuple, output: Any) -> None:
-        if torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad and arguments:
-            norms = SampleNorms()
-            norms.watch_layer(layer, arguments[0], output)
-            self._call = norms, len(output)
-
-    def take(self, size: int) -> SampleNorms | None:
-        """The norms to come of the last call, if it was one of so many samples; only once."""
-        call, self._call = self._call, None
-        return call[0] if call is not None and call[1] == size else None
-
-    def remove(self) -> None:
-        """Watch it no longer."""
-        self._handle.remove()
-
-
-def norms_to_come(
-    rule: ScoreRule, layer: LastLayer | None, losses: Tensor, outputs: Tensor | None
-) -> SampleNorms | None:
-    """Where the norms of a batch's samples will come from: the last layer, else the outputs, else nowhere.
-
-    Args:
-        rule (ScoreRule): One that takes norms; it learns what they are of.
-        layer (LastLayer, optional): What the user has named as the last layer.
-        losses (Tensor): Losses of the samples, shape ``(B,)``.
-        outputs (Tensor, optional): What the losses were computed from, shape ``(B, ...)``.
-
-    Raises:
-        ValueError: If the layer was not called with these samples, the outputs are of others, or the scores so far are
-            of another kind.
-    """
-    if layer is None and outputs is None:
-        rule.take_source("losses")
-        return None
-    if not losses.requires_grad:
-        return SampleNorms()
-    if layer is not None:
-        rule.take_source("layer")
-        norms = layer.take(len(losses))
-        if norms is None:
-            raise ValueError(
-                f"the layer that observe() was given was not called with the {len(losses)} samples of this weigh(): "
-                "call it once for each batch, in the forward pass that the losses come from; or give weigh(..., "
-                "outputs=...)"
-            )
-        return norms
-    assert outputs is not None
-    rule.take_source("outputs")
-    if outputs.dim() == 0 or len(outputs) != len(losses) or not outputs.requires_grad:
-        raise ValueError(
-            f"outputs of shape {tuple(outputs.shape)}{'' if outputs.requires_grad else ' without a gradient'} are not "
-            f"what {len(losses)} losses were computed from: give the model's own outputs, shape ({len(losses)}, ...)"
-        )
-    norms = SampleNorms()
-    norms.watch_outputs(outputs)
-    return norms

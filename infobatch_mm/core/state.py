@@ -62,6 +62,7 @@ class PrunerState:
         visits_before (int): Visits that no pass in the history accounts for.
         full_before (int): What the unpruned run would have made in their place.
         forward_visits (int): Visits without a backward pass.
+        last_pruned (int): The last pass whose plan left samples out, or -1.
         plan (Plan, optional): The plan in flight.
         history (list[dict]): One entry per finished pass.
     """
@@ -82,6 +83,7 @@ class PrunerState:
     visits_before: int
     full_before: int
     forward_visits: int
+    last_pruned: int
     plan: Plan | None
     history: list[dict[str, Any]]
 
@@ -106,7 +108,7 @@ def parse(state: Any) -> PrunerState:
     for key in _COUNTS:
         if not isinstance(state[key], int) or state[key] < 0:
             raise damaged(key)
-    for key in ("skipped", "visits_before", "full_before", "forward_visits"):
+    for key in ("skipped", "visits_before", "full_before", "forward_visits", "last_pruned"):
         if not isinstance(state.get(key, 0), int) or (key == "skipped" and state.get(key, 0) < 0):
             raise damaged(key)
     for key in ("settings", "schedule", "score_settings"):
@@ -141,6 +143,7 @@ def parse(state: Any) -> PrunerState:
         visits_before=int(state["visits_before"]),
         full_before=int(state["full_before"]),
         forward_visits=int(state.get("forward_visits", 0)),
+        last_pruned=int(state.get("last_pruned", -1)),
         plan=None if state["plan"] is None else _plan(state["plan"], num_samples),
         history=[dict(entry) for entry in history],
     )
@@ -226,6 +229,7 @@ def state_of(training: Training, plan: Plan | None) -> dict[str, Any]:
         "visits_before": training.visits_before,
         "full_before": training.full_before,
         "forward_visits": training.forward_visits,
+        "last_pruned": training.last_pruned,
         "plan": None
         if plan is None
         else {

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributed import Group, all_gather_ragged, world_size
+from .distributed import Group, all_gather_ragged, gather, world_size
 from .pending import PendingRecords
 from .score_rule import ScoreRule, build_score
 from .unusable import UnusableVisits
@@ -42,6 +42,8 @@ class ScoreStore:
         times_seen (Tensor): How often a score was recorded, shape ``(num_samples,)``, int32.
         unusable (UnusableVisits): Visits without a valid pixel, of a replaced sample, or with a loss that was NaN or
             infinite; never recorded.
+        num_norms (int): Norms of gradients that came since :meth:`check_norms`, on this process.
+        num_without_norm (int): Visits of which none came.
 
     Raises:
         ValueError: If ``num_samples`` is smaller than 1, or the score none of these.
@@ -64,6 +66,7 @@ class ScoreStore:
         self.seen = torch.zeros(num_samples, dtype=torch.bool, device="cpu")
         self.times_seen = torch.zeros(num_samples, dtype=torch.int32, device="cpu")
         self.unusable = UnusableVisits(num_samples, group)
+        self.num_norms = self.num_without_norm = 0
         self._pending = PendingRecords()
         self._unmerged: list[_Records] = []
 
@@ -125,7 +128,10 @@ class ScoreStore:
         self.unusable.record(blank=indices[real & ~valid], nonfinite=indices[real & valid & ~finite])
         usable = real & valid & finite
         if self.rule.takes_norms:
-            usable = usable & (losses >= 0)
+            came = losses >= 0
+            self.num_norms += int(torch.count_nonzero(usable & came))
+            self.num_without_norm += int(torch.count_nonzero(usable & ~came))
+            usable = usable & came
         indices, losses = indices[usable], losses[usable]
         if self.rule.defers:
             self.rule.hold(indices, losses, evidence[usable])
@@ -133,6 +139,26 @@ class ScoreStore:
         if world_size(self._group) > 1:
             self._unmerged.append(_Records(indices, losses, self._held(indices)))
         self._write(indices, losses)
+
+    def check_norms(self) -> None:
+        """Refuse to go on where gradients come back to hardly a sample; every process must call it, at a pass's end.
+
+        Raises:
+            ValueError: On every process, with both counts.
+        """
+        if not self.rule.takes_norms:
+            return
+        self.flush()
+        counts = gather((self.num_norms, self.num_without_norm), self._group)
+        self.num_norms = self.num_without_norm = 0
+        came, missing = (sum(each) for each in zip(*counts, strict=True))
+        if missing > came:
+            raise ValueError(
+                f"score='gradient': no gradient came back for {missing} of the {came + missing} visits of this pass, "
+                "so their samples have no score: call backward() on what weigh() returned, in each step and before the "
+                "next one, and give weigh(..., outputs=...) the model's own outputs, or observe() the layer that the "
+                "losses come from; or use another score"
+            )
 
     def merge(self) -> None:
         """Exchange what each rank has recorded since the last merge; every rank must call it.

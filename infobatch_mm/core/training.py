@@ -168,6 +168,7 @@ class Training(Books, ABC):
         """
         if together:
             self.merge()
+            self.store.check_norms()
         self.store.settle()
         entry = self._entry()
         self.history.append(entry)
@@ -254,11 +255,13 @@ class Training(Books, ABC):
             )
         self.store.load_state_dict(parsed.store)
         self.seed, self.pass_index = parsed.seed, parsed.pass_index
+        self.last_pruned = -1
         self._set_plan(parsed.plan)
         self._stand_at_begin()
         self.visited, self._skipped, self._corrections = parsed.visited, parsed.skipped, {}
         self.visits_before, self.full_before = parsed.visits_before, parsed.full_before
         self.forward_visits = parsed.forward_visits
+        self.last_pruned = max(parsed.last_pruned, self.last_pruned)
         self._book([dict(entry) for entry in parsed.history])
         here = self.schedule.batch_size, self.schedule.plan_visits(self.pass_index)
         goes_on = (parsed.batch_size, parsed.pass_samples) == here and self._fits(parsed.plan)

@@ -238,7 +238,7 @@ class InfoBatchHook(Hook):
     def before_val_epoch(self, runner: Any) -> None:
         """Let a validation in the midst of training see running statistics of the data."""
         if self._run is not None:
-            self._run.recalibrate(runner)
+            self._run.recalibrate(runner, validates=True)
 
     def after_train(self, runner: Any) -> None:
         """Leave summary and scores behind."""

@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmengine.hooks import EMAHook
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..core.recalibration import Recalibration, batch_norms
 from .loader import IndexedLoader
+from .process_state import bare_model
 
 
 def recalibrate(recalibration: Recalibration, model: nn.Module, loader: IndexedLoader) -> None:
@@ -25,6 +27,16 @@ def recalibrate(recalibration: Recalibration, model: nn.Module, loader: IndexedL
     """
     batch_size = loader.batch_size or 1
     recalibration.run(model, partial(_read, loader), partial(_forward, model), batch_size)
+
+
+def models_of(runner: Any) -> list[nn.Module]:
+    """The model of a run, not wrapped, and the averages that ``EMAHook`` keeps of it, in the modes of the model."""
+    model = bare_model(runner)
+    averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
+    for average in averages:
+        for each, twin in zip(average.modules(), model.modules(), strict=True):
+            each.training = twin.training
+    return [model, *averages]
 
 
 def _read(loader: IndexedLoader, batches: list[list[int]]) -> DataLoader:

@@ -19,7 +19,7 @@ from . import process_state
 from .loader import BatchIndices, IndexedLoader
 from .param_schedule import SchedulerPacer, renew_max_iters
 from .process_state import ValidationAside
-from .recalibration import recalibrate
+from .recalibration import models_of, recalibrate
 from .samplers import InfoBatchSampler
 from .takeover import watched_visits
 
@@ -122,8 +122,13 @@ class Run(ABC):
         """What each process holds beside the host's checkpoint; see :func:`.process_state.capture`."""
         return process_state.capture(runner, alone=alone)
 
-    def recalibrate(self, runner: Any) -> None:
-        """Bring the model's running statistics to where uniform batches have them, if the user asks for it."""
+    def recalibrate(self, runner: Any, validates: bool = False) -> None:
+        """Bring the model's running statistics to where uniform batches have them, if the user asks for it.
+
+        Args:
+            runner (Runner): The run.
+            validates (bool): Whether for a validation, and not for a checkpoint. Defaults to False.
+        """
         return None
 
     @contextmanager
@@ -167,6 +172,7 @@ class PrunedRun(Run):
         super().__init__(loader, views, weigher)
         self.training = training
         self._recalibration = recalibration
+        self._recalibrated_at: int | None = None
         assert isinstance(loader.sampler, InfoBatchSampler)
         training.share_batches(loader.sampler.world)
         loader.sampler.bind(training)
@@ -204,9 +210,16 @@ class PrunedRun(Run):
                 f"losses is optimised in their place, which is not unbiased: {', '.join(self._views.not_separable)}"
             )
 
-    def recalibrate(self, runner: Any) -> None:
-        if self._recalibration is not None:
-            recalibrate(self._recalibration, process_state.bare_model(runner), self.loader)
+    def recalibrate(self, runner: Any, validates: bool = False) -> None:
+        if self._recalibration is None:
+            return
+        # A validation is of the average, where there is one: its weights are in the model's place then.
+        models = models_of(runner)
+        if validates and len(models) == 1 and self._recalibrated_at == self.training.visits:
+            return  # as for the checkpoint just now
+        for model in models[:1] if validates else models:
+            recalibrate(self._recalibration, model, self.loader)
+        self._recalibrated_at = self.training.visits
 
     def _steps_due(self) -> int:
         training = self.training

@@ -16,12 +16,12 @@ from torch.utils.data import Dataset, Sampler
 from ..core.checks import checked_index, checked_length, whole_number
 from ..core.devices import moved
 from ..core.distributed import Group, rank, require_equal, world_size
+from ..core.last_layer import norms_to_come
 from ..core.loader import IndexedItems
 from ..core.meeting import PATIENCE_S
 from ..core.policy import PruningPolicy
 from ..core.policy_registry import build_policy
 from ..core.pruner import Pruner
-from ..core.sample_norms import norms_to_come
 from ..core.schedule import EpochSchedule
 from ..core.score_rule import ScoreRule
 from ..core.short_runs import short_run_line
@@ -262,7 +262,7 @@ class InfoBatch(LoopStanding, LoopModel):
         if rule.takes_norms:  # a loss that stands in for a norm is none below 0
             factors = weights * scale / len(losses)
             taken = taken.clamp(min=0) if norms is None else norms.expect(losses, factors, weighted)
-        self._passes.add(walk, index.clone(), taken, level)
+        self._passes.add(walk, index.clone(), taken, level, norms)
         return weighted
 
     @property

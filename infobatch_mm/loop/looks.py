@@ -32,7 +32,7 @@ class Looks:
         return Looks(self.index[places], self.losses[where], level, self.call[places])
 
 
-def one_loss_each(looks: Looks, average: bool) -> tuple[np.ndarray, Looks]:
+def one_loss_each(looks: Looks, average: bool, missing: np.ndarray | None = None) -> tuple[np.ndarray, Looks]:
     """The losses by which samples are scored: each sample's in the first call that it was in.
 
     A sample that was in a call several times, as in two views of a batch, has the mean of its losses there. What it
@@ -42,12 +42,16 @@ def one_loss_each(looks: Looks, average: bool) -> tuple[np.ndarray, Looks]:
         looks (Looks): All of them, with real indices.
         average (bool): Whether to average; otherwise all losses of that call are kept, for scores that are averages
             of shares of a noise level: several looks at a sample are at a level each.
+        missing (ndarray, optional): Looks that count only where a sample has no other, shape ``(L,)``, bool. Defaults
+            to none.
 
     Returns:
         tuple: Different sample indices, shape ``(V,)``, int64, in ascending order; and the looks that count, in the
         order of their samples, one for each where they are averaged.
     """
-    order = np.argsort(looks.index, kind="stable")  # of equal indices the first call comes first
+    # Of equal indices the first call comes first.
+    keys = (looks.index,) if missing is None else (missing, looks.index)
+    order = np.lexsort(keys)
     ordered = looks.at(order)
     first = _starts(ordered.index)
     samples = ordered.index[first]

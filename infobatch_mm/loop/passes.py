@@ -14,6 +14,7 @@ from ..core.distributed import gather, rank, world_size
 from ..core.followed_rates import FollowedRates
 from ..core.meeting import Meeting
 from ..core.pruner import Pruner
+from ..core.sample_norms import SampleNorms
 from .looks import Looks, one_loss_each
 from .notices import LoopNotices
 from .sizes import Sizes
@@ -46,6 +47,8 @@ class Passes:
         self.walk: Walk | None = None
         self._before: Walk | None = None  # the walk before, while something that it delivered waits to be weighed
         self._late: list[tuple[Walk, Looks, bool]] = []
+        self._latest: tuple[Tensor, Tensor, SampleNorms] | None = None  # norms that the coming backward pass fills in
+        self._late_norms: tuple[Tensor, Tensor, SampleNorms] | None = None
         self._skipped_before = 0  # on this process, in the pass in hand, before the walk in hand
         self._notices = LoopNotices()
         self.is_resumed = False
@@ -154,17 +157,32 @@ class Passes:
             return before
         return walk
 
-    def add(self, walk: Walk, index: Tensor, losses: Tensor, level: Tensor | None) -> None:
-        """Keep the losses of a call; they are taken down where that waits for nothing."""
+    def add(
+        self, walk: Walk, index: Tensor, losses: Tensor, level: Tensor | None, norms: SampleNorms | None = None
+    ) -> None:
+        """Keep the losses of a call, or the norms that are yet to come; they are taken down where nothing waits."""
         self.rates.weighed(self.pruner.lr_factor(walk.plan))
         self._notices.weighed()
         walk.pending.make_room()  # first: norms of gradients that are kept last are filled in later
         if walk.pending.is_due:
             self._take_down()
+        self._take_late_norms()
         walk.add(index, losses, level)
+        self._latest = None if norms is None else (index, losses, norms)
+
+    def _take_late_norms(self) -> None:
+        """Record the norms of a batch that was taken down between its weighing and its backward pass."""
+        late, self._late_norms = self._late_norms, None
+        if late is not None and late[2].is_known:
+            index, norms, _ = late
+            self.pruner.store.num_without_norm -= len(index)  # as which they were counted
+            self.pruner.record(index.cpu(), norms.cpu())
 
     def _take_down(self) -> None:
         """Take down what was weighed: which visits were made, and the scores they give."""
+        if self._latest is not None and not self._latest[2].is_known:
+            self._late_norms = self._latest
+        self._latest = None
         for walk in (self._before, self.walk):
             taken = None if walk is None else walk.take_looks()
             if walk is None or taken is None:
@@ -182,7 +200,9 @@ class Passes:
 
     def _record(self, walk: Walk, looks: Looks, filled: bool) -> None:
         pruner = self.pruner
-        samples, counting = one_loss_each(looks, average=not pruner.store.rule.defers)
+        # A look without a backward pass is none, where norms are what counts.
+        missing = (looks.losses < 0).numpy() if pruner.store.rule.takes_norms else None
+        samples, counting = one_loss_each(looks, average=not pruner.store.rule.defers, missing=missing)
         fresh = walk.take_down(samples, filled)
         if not fresh.all():
             counting = counting.at(np.isin(counting.index, samples[fresh]))
@@ -232,8 +252,9 @@ class Passes:
             )
         pruner.visited = min(start + sum(counts), len(walk.plan))
         entry = pruner.finish_pass()
+        if pruner.finished:
+            self.rates.training_over()
         walk.finished = True
-        self.rates.pass_over()
         self._skipped_before = 0
         if rank(pruner.group) == 0:
             self._notices.pass_done(pruner, entry, has_our_loader=walk.batch is not None)

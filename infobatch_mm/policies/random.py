@@ -17,7 +17,13 @@ class RandomPolicy(AnnealedPolicy):
     Every sample is skipped with probability ``prune_ratio``, whatever its loss, from the first pass on; the
     kept ones weigh n/k. RS2 (Okanovic et al., ICLR 2024) with InfoBatch's weights and annealing.
 
-    Args: as :class:`.AnnealedPolicy`; ``prune_ratio`` is the chance r that a sample is skipped.
+    Args:
+        prune_ratio (float): Chance r that a sample is skipped, in [0, 1). Defaults to 0.5.
+        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+        target_saving, min_worth, rescale, keep, lr_rule: As :class:`.AnnealedPolicy` takes them.
+
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     name = "random"

@@ -442,7 +442,7 @@ def test_own_policy_takes_part_in_a_run():
 
 def test_checking_a_state_looks_for_every_entry_of_one():
     state = make().state_dict()
-    later = ("score", "score_ema", "score_settings", "skipped", "forward_visits", "unusable")
+    later = ("score", "score_ema", "score_settings", "skipped", "forward_visits", "last_pruned", "unusable")
     for key in later:  # which earlier versions did not write
         del state[key]
     for key in state:

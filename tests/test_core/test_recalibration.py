@@ -95,7 +95,6 @@ def test_a_loop_recalibrates_once_after_pruned_passes_and_counts_its_visits():
             infobatch.weigh(model(batch).square().mean(1), index)
         biased = model[1].running_mean.clone()
         found.append(infobatch.recalibrate(model, loader))
-        assert infobatch.recalibrate(model, loader) == 0  # nothing was trained since
     assert found == [0, 2, 2] and not torch.equal(model[1].running_mean, biased)
     summary = infobatch.summary()
     assert summary["forward_visits"] == 2 * BATCHES * B
@@ -129,3 +128,40 @@ def test_processes_end_with_the_same_statistics(tmp_path):
     with torch.no_grad():
         means = [model[0](torch.full((2, 3), float(place)) + torch.eye(2, 3)).mean(0) for place in range(2)]
     torch.testing.assert_close(first["1.running_mean"], torch.stack(means).mean(0))
+
+
+class Failing(nn.Module):
+    """Raises in its second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.calls = network(), 0
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("out of memory")
+        return self.inner(batch)
+
+
+@pytest.mark.parametrize(("size", "batch", "keep"), [(64, 32, "steps"), (100, 64, "batch"), (60, 32, "batch")])
+def test_it_works_at_any_time_again_after_a_failure_and_for_every_pass_that_left_out_something(
+    size: int, batch: int, keep: str
+):
+    data = torch.randn(size, 3)
+    policy = dict(type="random", prune_ratio=0.4, delta=1.0, keep=keep, lr_rule="none" if keep == "steps" else None)
+    infobatch = InfoBatch(size, num_epochs=4, policy=policy)
+    loader, model = infobatch.loader(data, batch_size=batch), network()
+    for _ in range(2):
+        for index, items in loader:
+            infobatch.weigh(model(items).square().mean(1), index)
+            assert infobatch.recalibrate(model, loader) == 2  # amid a pass as well
+    assert infobatch.summary()["saved_ratio"] > 0
+    other = Failing()
+    before = copy.deepcopy(other.state_dict())
+    try:
+        infobatch.recalibrate(other, loader)
+    except RuntimeError:
+        assert all(torch.equal(each, before[name]) for name, each in other.state_dict().items())
+    other.calls = 9
+    assert infobatch.recalibrate(other.eval(), loader) == 0 and infobatch.recalibrate(other.train(), loader) == 2

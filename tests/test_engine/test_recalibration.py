@@ -86,3 +86,17 @@ def _log(folder: Path) -> str:
 def test_an_unknown_option_is_refused(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="norm='precise': use 'recalibrate'"):
         run(scenes, tmp_path, "precise")
+
+
+def test_the_average_of_a_model_has_statistics_of_its_own(scenes: Path, tmp_path: Path) -> None:
+    line = dict(type="InfoBatchHook", prune_ratio=0.7, delta=1.0, norm="recalibrate")
+    average = dict(type="EMAHook", momentum=0.3)
+    more = {"default_hooks.checkpoint": CHECKPOINT, "train_cfg.val_interval": 11}
+    seen = Statistics()
+    train(config(scenes, tmp_path, custom_hooks=[line, average], **more), seen)
+    saved = torch.load((tmp_path / "last_checkpoint").read_text(), weights_only=False)
+    name = next(key for key in saved["state_dict"] if key.endswith("running_mean"))
+    of_average, of_model = saved["state_dict"][name], saved["ema_state_dict"][f"module.{name}"]
+    assert not torch.equal(of_average, of_model)
+    # The validation of the average sees what its checkpoint holds: the same weights on the same batches.
+    torch.testing.assert_close(seen.seen[-1][: len(of_average)], of_average)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from infobatch_mm import InfoBatch
 from infobatch_mm.core.rng import generator
+from infobatch_mm.core.sample_norms import layer_squares
 from infobatch_mm.core.systematic import proportional
 from infobatch_mm.core.worth import cost, worth
 
@@ -217,3 +218,100 @@ def test_a_root_mean_square_over_visits():
             infobatch.weigh(outputs * value, index, outputs=outputs).backward()
     # Weights of an average with decay 1/2 and its correction: 1/3 and 2/3.
     assert infobatch.state_dict()["scores"].tolist() == pytest.approx([(9 / 3 + 2 / 3) ** 0.5] * 4)
+
+
+def weighed(policy: str = "variance") -> tuple[InfoBatch, Task]:
+    task = Task("classifier")
+    infobatch = InfoBatch(N, num_epochs=3, batch_size=B, policy=policy)
+    infobatch.observe(task.head)
+    return infobatch, task
+
+
+def seen(infobatch: InfoBatch) -> int:
+    return int(infobatch.state_dict()["seen"].sum())
+
+
+def test_books_that_are_read_between_weighing_and_the_backward_pass_cost_no_score():
+    for look in ("summary", "passes_done", "merge", "state_dict", "next batch"):
+        infobatch, task = weighed()
+        loader = infobatch.loader(list(range(N)))
+        for index, _ in loader:
+            x, targets = task.inputs(index)
+            loss = infobatch.weigh(task.losses(task.head(task.features(x)), targets), index)
+            if look == "next batch":
+                next(iter(loader), None)
+            elif callable(asked := getattr(infobatch, look)):
+                asked()
+            loss.backward()
+        # The last batch's norms are recorded with the next one that is weighed.
+        assert seen(infobatch) >= N - B, look
+
+
+def test_a_look_without_a_gradient_and_a_second_backward_pass_change_no_score():
+    infobatch, task = weighed()
+    for number, (index, _) in enumerate(infobatch.loader(list(range(N)))):
+        x, targets = task.inputs(index)
+        with torch.no_grad():
+            infobatch.weigh(task.losses(task.head(task.features(x)), targets), index)
+        outputs = task.head(task.features(x))
+        loss = infobatch.weigh(task.losses(outputs, targets), index)
+        for _ in range(1 + number % 2):
+            loss.backward(retain_graph=True)
+        outputs.square().sum().backward()  # from elsewhere
+    assert scores_of(infobatch) == pytest.approx(task.true_norms(), rel=1e-4)
+
+
+def test_the_call_that_the_losses_come_from_is_found_among_others():
+    infobatch, task = weighed()
+    for index, _ in infobatch.loader(list(range(N))):
+        x, targets = task.inputs(index)
+        before = task.head(task.features(x.flip(0)))
+        outputs = task.head(task.features(x))
+        after = task.head(task.features(x * 2))
+        infobatch.weigh(task.losses(outputs, targets), index).backward()
+        del before, after
+    assert scores_of(infobatch) == pytest.approx(task.true_norms(), rel=1e-4)
+    index = next(iter(infobatch.loader(list(range(N)))))[0]
+    x, targets = task.inputs(index)
+    twice = task.head(task.features(x)) + task.head(task.features(x))
+    with pytest.raises(ValueError, match="was called 2 times with the 8 samples"):
+        infobatch.weigh(task.losses(twice, targets), index)
+
+
+def test_a_compiled_model_is_watched_too():
+    infobatch, task = weighed()
+    model = torch.compile(nn.Sequential(task.body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), task.head), backend="eager")
+    for index, _ in infobatch.loader(list(range(N))):
+        x, targets = task.inputs(index)
+        infobatch.weigh(task.losses(model(x), targets), index).backward()
+    assert scores_of(infobatch) == pytest.approx(task.true_norms(), rel=1e-4)
+
+
+def test_a_pass_without_norms_is_refused_at_its_end_and_a_function_of_the_outputs_at_once():
+    infobatch, task = weighed()
+    with pytest.raises(ValueError, match=r"no gradient came back for 96 of the 96 visits of this pass"):
+        for index, _ in infobatch.loader(list(range(N))):
+            x, targets = task.inputs(index)
+            infobatch.weigh(task.losses(task.head(task.features(x)), targets), index)
+    infobatch = InfoBatch(N, num_epochs=3, batch_size=B, policy="variance")
+    index = next(iter(infobatch.loader(list(range(N)))))[0]
+    x, targets = task.inputs(index)
+    outputs = task.head(task.features(x))
+    with pytest.raises(ValueError, match="give the very tensor that the model returned"):
+        infobatch.weigh(task.losses(outputs, targets), index, outputs=outputs.softmax(-1))
+
+
+def test_large_scales_half_precision_and_empty_parts():
+    for scale in (2.0**70, 2.0**-60):
+        task = Task("segmentor")
+        infobatch = walked(task, 2, learns=False, scale=scale, layer=True)
+        assert scores_of(infobatch) == pytest.approx(task.true_norms(), rel=1e-4)
+    layer = nn.Linear(4, 4).half()
+    inputs = torch.full((2, 5000, 4), 200.0).half()
+    squares = layer_squares(layer, inputs, torch.ones(2, 5000, 4).half())
+    assert torch.isfinite(squares).all() and squares[0] == pytest.approx(16 * 1e6**2 + 4 * 5000.0**2, rel=1e-3)
+    infobatch, task = weighed()
+    index = next(iter(infobatch.loader(list(range(N)))))[0]
+    x, targets = task.inputs(index)
+    losses = task.losses(task.head(task.features(x)), targets)
+    infobatch.weigh(losses[:0], index[:0])
