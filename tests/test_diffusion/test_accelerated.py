@@ -665,8 +665,8 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
     assert {key: summary[key] for key in summary if key not in ("wall_time_s", "per_pass")} == {
         "policy": "infobatch", "prune_ratio": 0.5, "delta": 0.875, "score": "raw", "score_ema": 0.0, "num_samples": 46,
         "passes_done": 8, "passes_total": 8, "visits": seen, "visits_full": 8 * 46,
-        "saved_ratio": pytest.approx(1 - seen / (8 * 46)), "visits_skipped": 0, "forward_visits": 0, "nonfinite_losses": 0,
-        "unusable_visits": 0, "unscored_samples": 0, "seed": 0,
+        "saved_ratio": pytest.approx(1 - seen / (8 * 46)), "visits_skipped": 0, "forward_visits": 0,
+        "nonfinite_losses": 0, "unusable_visits": 0, "unscored_samples": 0, "seed": 0,
         "iterations": len(run.journal), "iterations_full": 8 * 12,
     }  # fmt: skip
     assert 0 < summary["wall_time_s"] < 60
