@@ -81,13 +81,17 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
         ("worth-not-asked", TARGETS, "worth(norms, found.by_sample()) >= least", "True"),
     ],
     "core/sample_norms.py": [
-        ("norm-times-weight", NORMS, "norms = self._squares.sqrt() / (self._factors * self._upstream)",
-         "norms = self._squares.sqrt() / self._upstream"),
-        ("loss-scale-kept", NORMS, "(self._factors * self._upstream)", "self._factors"),
+        ("norm-times-weight", NORMS, "norms = self._squares.sqrt() / self._factors", "norms = self._squares.sqrt()"),
+        ("loss-scale-kept", NORMS, "(unit.float() / self._upstream).square()", "unit.float().square()"),
+        ("every-backward-pass-adds-up", NORMS, "if self._come >= self._watched:", "if False:"),
         ("bias-left-out", NORMS, "* (_sum_of_squares(inputs) + (layer.bias is not None))", "* _sum_of_squares(inputs)"),
         ("kernel-seen-in-one-place", NORMS, "parts.append(part)", "parts = [part]"),
         ("overflow-taken-for-a-norm", NORMS, "torch.isfinite(norms) & (self._norms == self._norms)",
          "(self._norms == self._norms)"),
+    ],
+    "core/last_layer.py": [
+        ("the-last-call-is-taken", NORMS, "if len(fitting) != 1 or self._proofs < _PROOFS:", "if False:"),
+        ("softmax-passes-for-outputs", NORMS, "if not fits or not comes_from(losses, outputs):", "if not fits:"),
     ],
     "core/recalibration.py": [
         ("momentum-not-put-back", STATISTICS, "            each.momentum = momentum\n", ""),

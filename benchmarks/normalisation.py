@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from normalisation_remedies import Draw, batch_norms, deal, freeze, recalibrate
-from normalisation_tasks import Task, build, load_task
+from normalisation_tasks import ACTIVATIONS, Task, build, load_task
 from torch import Tensor
 
 
@@ -166,7 +166,7 @@ def train(task: Task, arm: Arm, seed: int, args: argparse.Namespace) -> dict[str
     torch.manual_seed(seed)
     draws, views, extra = (np.random.default_rng([seed, stream]) for stream in range(3))
     draw = Draw()
-    model = build(args.task, args.width, task.classes, arm.norm, draw, arm.bound)
+    model = build(args.task, args.width, task.classes, arm.norm, draw, arm.bound, args.activation)
     if args.task == "nuclei":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     else:
@@ -244,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, help="of the first layers; default: 8 for both")
     parser.add_argument("--lr", type=float, help="default: 2e-3 for nuclei (AdamW), 0.1 for cifar (SGD)")
     parser.add_argument("--recalibration", type=int, default=16, help="uniform batches; default: 16")
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="relu", help="of the nuclei's UNet; default: relu")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/normalisation.json"))
     args = parser.parse_args(argv)
     usual = dict(passes=(8, 12), saving=(0.61, 0.35), batch_size=(16, 64), width=(8, 8), lr=(2e-3, 0.1))
@@ -252,12 +253,12 @@ def main(argv: list[str] | None = None) -> None:
             setattr(args, name, pair[args.task == "cifar"])
     torch.set_num_threads(1)
     task = load_task(args.task, args.cifar if args.task == "cifar" else args.data_root)
-    settings = {name: getattr(args, name) for name in ("task", *usual, "recalibration")}
+    settings = {name: getattr(args, name) for name in ("task", *usual, "recalibration", "activation")}
     for seed in args.seeds:
         for name in args.arms:
             key = {"arm": name, "seed": seed, **settings}
             done = json.loads(args.json.read_text()) if args.json.exists() else []
-            if any({field: row[field] for field in key} == key for row in done):
+            if any({field: row.get(field, "relu") for field in key} == key for row in done):
                 continue
             words = [f"--{field.replace('_', '-')} {shlex.quote(str(value))}" for field, value in settings.items()]
             command = f"python benchmarks/normalisation.py {' '.join(words)} --arms {name} --seeds {seed}"

@@ -98,10 +98,14 @@ def _quarters(root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([x[:, r, c] for r, c in corners]), np.concatenate([y[:, r, c] for r, c in corners])
 
 
+#: Activations of the UNet.
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
 class UNet(nn.Module):
     """Four levels, two 3x3 convolutions each; gives the last layer's input and the logits."""
 
-    def __init__(self, width: int, classes: int, norm: str, draw: Draw, bound: float) -> None:
+    def __init__(self, width: int, classes: int, norm: str, draw: Draw, bound: float, activation: str) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width]
 
@@ -109,7 +113,7 @@ class UNet(nn.Module):
             layers: list[nn.Module] = []
             for a in (ins, outs):
                 layers += [nn.Conv2d(a, outs, 3, padding=1, bias=False), make_norm(norm, outs, draw, bound)]
-                layers += [nn.ReLU(inplace=True)]
+                layers += [ACTIVATIONS[activation]()]
             return nn.Sequential(*layers)
 
         self.down = nn.ModuleList(block(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True))
@@ -164,7 +168,12 @@ class ResNet(nn.Module):
         return features, self.last(features)
 
 
-def build(task: str, width: int, classes: int, norm: str, draw: Draw, bound: float) -> nn.Module:
+def build(
+    task: str, width: int, classes: int, norm: str, draw: Draw, bound: float, activation: str = "relu"
+) -> nn.Module:
     """Build the network of a task; ``width`` is its first layers'."""
-    model = (UNet if task == "nuclei" else ResNet)(width, classes, norm, draw, bound)
+    if task == "nuclei":
+        model: nn.Module = UNet(width, classes, norm, draw, bound, activation)
+    else:
+        model = ResNet(width, classes, norm, draw, bound)
     return model.to(memory_format=torch.channels_last)
