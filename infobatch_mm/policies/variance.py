@@ -25,7 +25,8 @@ class VariancePolicy(AnnealedPolicy):
 
     Args:
         prune_ratio (float): Share of its visits that a pass saves, in [0, 1). Defaults to 0.5.
-        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 0.875.
+        delta (float): Share of the training after which pruning stops, in (0, 1]. Defaults to 1: full passes at the end
+            of a decayed schedule cost visits where the rate is nothing (0.875 was worse, see docs/results.md).
         pi_min (float): Smallest chance of a sample, in (0, 1]: no visit stands for more than ``1 / pi_min``. Defaults
             to 0.1.
         options: ``target_saving``, ``min_worth``, ``rescale``, ``keep``, ``lr_rule`` as :class:`.AnnealedPolicy` takes
@@ -39,7 +40,7 @@ class VariancePolicy(AnnealedPolicy):
     needs_scores = True
     score = "gradient"
 
-    def __init__(self, prune_ratio: float = 0.5, delta: float = 0.875, pi_min: float = PI_MIN, **options: Any) -> None:
+    def __init__(self, prune_ratio: float = 0.5, delta: float = 1.0, pi_min: float = PI_MIN, **options: Any) -> None:
         super().__init__(prune_ratio, delta, **options)
         if not is_number(pi_min) or not 0 < plain(pi_min) <= 1:
             raise ValueError(

@@ -202,7 +202,14 @@ class KillAt(Hook):
             raise Killed
 
 
-@pytest.mark.parametrize(("loop", "kill", "interval"), [("iterations", 9, 8), ("iterations", 13, 4), ("epochs", 17, 8)])
+SHORT_KILLS = [
+    ("iterations", 13, 4),
+    pytest.param("iterations", 9, 8, marks=pytest.mark.slow),
+    pytest.param("epochs", 17, 8, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("loop", "kill", "interval"), SHORT_KILLS)
 def test_a_killed_run_goes_on_with_the_same_samples_weights_and_rates(
     scenes: Path, tmp_path: Path, loop: str, kill: int, interval: int
 ) -> None:

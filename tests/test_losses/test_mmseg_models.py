@@ -471,7 +471,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "several" else pytest.mark.slow) for name in COMPILED]
+    "name", [pytest.param(name, marks=[] if name == "ohem" else pytest.mark.slow) for name in COMPILED]
 )
 def test_a_compiled_loss_weighs_and_scores_alike(name):
     if not torch._dynamo.is_dynamo_supported():

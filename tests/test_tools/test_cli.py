@@ -49,7 +49,7 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("script", [OURS, HOSTS], ids=["ours", "mmseg's"])
+@pytest.mark.parametrize("script", [OURS, pytest.param(HOSTS, marks=pytest.mark.slow)], ids=["ours", "mmseg's"])
 def test_train_runs_under_both_scripts_and_the_result_can_be_tested(scenes: Path, tmp_path: Path, script: Path) -> None:
     if not script.is_file():
         pytest.skip(f"{script} is not in this distribution")

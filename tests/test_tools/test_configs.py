@@ -239,6 +239,7 @@ def test_the_npz_config_trains_on_a_small_file(tmp_path: Path, monkeypatch: pyte
         assert 0 < summary["visits"] < 120
 
 
+@pytest.mark.slow
 def test_the_demo_pretrains_and_then_learns_to_segment(scenes: Path, tmp_path: Path) -> None:
     for host in ("mmseg", "mmpretrain"):
         pytest.importorskip(host)

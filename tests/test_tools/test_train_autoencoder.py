@@ -299,6 +299,7 @@ def test_images_that_cannot_be_trained_on_are_refused_in_a_line(tmp_path: Path) 
 # ---- several processes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_one_model(pictures: Path, tmp_path: Path) -> None:
     """Their replicas stay equal, whatever codes are drawn: each leaves the fingerprint of its weights."""
