@@ -33,7 +33,7 @@ class ScriptModel(ModelAids):
                 Defaults to calling the model with it.
 
         Returns:
-            int: Number of layers; 0 where there are none, or nothing was pruned since the last time.
+            int: Number of layers; 0 where there are none, or the statistics are of full passes.
         """
 
         def read(batches: list[list[int]]) -> Iterator[Any]:

@@ -27,6 +27,6 @@ class LoopModel(ModelAids):
                 to calling the model with it.
 
         Returns:
-            int: Number of layers; 0 where there are none, or nothing was pruned since the last time.
+            int: Number of layers; 0 where there are none, or the statistics are of full passes.
         """
         return self._recalibration.run(model, loader.read, forward or model, loader.batch_size)

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..core.annealed import PI_MIN, AnnealedPolicy
+from ..core.annealed import PI_MIN
 from ..core.chances import Chances
 from ..core.policy import Snapshot
 from ..core.policy_registry import register_policy
-from ..core.systematic import proportional
-from .arguments import checked_share, classes_in
+from .arguments import classes_in
+from .proportional import ProportionalPolicy
 
 
 @register_policy
-class ClassBudgetsPolicy(AnnealedPolicy):
+class ClassBudgetsPolicy(ProportionalPolicy):
     """Shares the visits of a pass out over the classes, each class a floor, and draws them at random within a class.
 
     After RCAP (Hassan et al., UAI 2025): a class of the share p of the samples and the mean loss l gets visits in
@@ -38,45 +37,29 @@ class ClassBudgetsPolicy(AnnealedPolicy):
     """
 
     name = "class_budgets"
-    needs_scores = True
+    floor = "the smallest chance of a sample of a class"
 
     def __init__(
         self, classes: Any, prune_ratio: float = 0.5, delta: float = 0.875, pi_min: float = PI_MIN, **options: Any
     ) -> None:
-        super().__init__(prune_ratio, delta, **options)
+        super().__init__(prune_ratio, delta, pi_min, **options)
         if self.min_worth is not None:  # which is looked up on a part of the samples, whose classes are not known
             raise ValueError(f"min_worth={self.min_worth} and policy='class_budgets': say how much by prune_ratio")
-        self.pi_min = checked_share("pi_min", pi_min, "the smallest chance of a sample of a class; use 0.1", "(0, 1]")
         self._classes = classes_in(classes)
         self.classes = str(classes) if isinstance(classes, (str, Path)) else self._classes.tolist()
-        if self.target_saving is None and 1 - self.prune_ratio < self.pi_min:
-            raise ValueError(
-                f"prune_ratio={self.prune_ratio} would visit a share of {1 - self.prune_ratio:.3g}, below the smallest "
-                f"chance pi_min={self.pi_min}: lower one of them"
-            )
-
-    @property
-    def largest_ratio(self) -> float:
-        return 1 - self.pi_min
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "classes": self.classes, "pi_min": self.pi_min}
+        return {**super().settings(), "classes": self.classes}
 
     def chances_at(self, snapshot: Snapshot, ratio: float) -> Chances | None:
-        seen = snapshot.seen.numpy()
-        if len(seen) != len(self._classes):
+        if (num_samples := len(snapshot.seen)) != len(self._classes):
             raise ValueError(
-                f"classes names the class of {len(self._classes)} samples, this data set has {len(seen)}: give one "
+                f"classes names the class of {len(self._classes)} samples, this data set has {num_samples}: give one "
                 "for each, in their order"
             )
-        where = np.flatnonzero(seen)
-        visits = len(where) - ratio * len(seen)  # what was never seen is visited
-        if not len(where) or visits >= len(where):
-            return None
+        return super().chances_at(snapshot, ratio)
+
+    def sizes(self, scores: np.ndarray, where: np.ndarray) -> np.ndarray:
         number, sizes = np.unique(self._classes[where], return_inverse=True, return_counts=True)[1:]
-        losses = np.bincount(number, snapshot.scores.numpy()[where].clip(min=0.0)) / sizes
-        chances = np.ones(len(seen))
-        chances[where] = proportional(
-            np.sqrt(losses / sizes)[number], max(visits, self.pi_min * len(where)), self.pi_min
-        )
-        return Chances(torch.from_numpy(chances), lowest=self.pi_min)
+        losses = np.bincount(number, scores) / sizes
+        return np.sqrt(losses / sizes)[number]

@@ -16,7 +16,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 
 from .processes import GROUP_NORM, Run
-from .toy import EPOCHS, Recorder, config, train
+from .toy import EPOCHS, KillAt, Killed, Recorder, config, train
 
 N, B, ITERS = 22, 4, 33
 KEEP = dict(type="infobatch", prune_ratio=0.8, delta=0.75, keep="steps")
@@ -183,23 +183,6 @@ def test_every_wrapper_of_a_dict_has_the_factor(scenes: Path, tmp_path: Path) ->
     assert any(len(batch) < B for batch in recorder.indices)
     for rates, batch in zip(inside.rates, recorder.indices, strict=True):
         assert rates == pytest.approx([0.1 * math.sqrt(len(batch) / B), 0.5 * math.sqrt(len(batch) / B)])
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Hook):
-    """Ends the process's training after an iteration, as late as a hook can."""
-
-    priority = 100
-
-    def __init__(self, iteration: int) -> None:
-        self.iteration = iteration
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if runner.iter + 1 == self.iteration:
-            raise Killed
 
 
 SHORT_KILLS = [

@@ -14,26 +14,8 @@ import torch
 
 pytest.importorskip("mmseg")
 
-from mmengine.hooks import Hook
 
-from .toy import EPOCHS, PIPELINE, Recorder, config, train
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(Hook):
-    """Ends the process's training after an iteration, as late as a hook can."""
-
-    priority = 100
-
-    def __init__(self, iteration: int) -> None:
-        self.iteration = iteration
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if runner.iter + 1 == self.iteration:
-            raise Killed
+from .toy import EPOCHS, PIPELINE, KillAt, Killed, Recorder, config, train
 
 
 def killed_and_resumed(scenes: Path, work_dir: Path, kill: int, interval: int, **overrides: Any) -> Recorder:

@@ -64,6 +64,23 @@ class Recorder(Hook):
         self.boundary_lrs.append(_first(runner.optim_wrapper.get_lr()))
 
 
+class Killed(Exception):
+    pass
+
+
+class KillAt(Hook):
+    """Ends the process's training after an iteration, as late as a hook can."""
+
+    priority = 100
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter + 1 == self.iteration:
+            raise Killed
+
+
 def _first(values: dict[str, list[float]]) -> float:
     return next(iter(values.values()))[0]
 
