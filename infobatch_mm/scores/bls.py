@@ -36,7 +36,7 @@ class BatchLossScore(DeferredScore):
         return batch_mean(losses)
 
     def settle(self) -> tuple[Tensor, Tensor]:
-        indices, _, means = self.settled()
+        indices, _, means = self._held.take()
         return indices, means
 
     def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:

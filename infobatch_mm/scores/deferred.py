@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.distributed import Group, all_gather_ragged, world_size
+from ..core.distributed import Group
 from ..core.score_rule import Columns, ScoreRule
+from .held import HeldVisits
 
-_Held = tuple[Tensor, Tensor, Tensor]  # indices, losses, evidence
 _HELD_DTYPES = (torch.int64, torch.float32, torch.float32)
 
 
@@ -34,8 +34,7 @@ class DeferredScore(ScoreRule):
 
     def __init__(self, group: Group = None) -> None:
         super().__init__(group)
-        self._own: list[_Held] = []  # this rank's, which the others do not know
-        self._merged: list[_Held] = []
+        self._held = HeldVisits(torch.float32, group)
         self._kept: dict[str, Tensor] = {}  # until the first pass ends nobody says how many samples there are
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
@@ -59,34 +58,23 @@ class DeferredScore(ScoreRule):
         return losses.detach().to(torch.float32, copy=True)
 
     def hold(self, indices: Tensor, losses: Tensor, evidence: Tensor) -> None:
-        self._own.append((indices, losses, evidence))
+        self._held.add(indices, losses, evidence)
 
     def merge(self) -> None:
-        if world_size(self.group) == 1:
-            return
-        parts = [all_gather_ragged(each, self.group) for each in _joined(self._own)]
-        self._merged.extend(zip(*parts, strict=True))
-        self._own = []
+        self._held.merge()
 
     def settle(self) -> tuple[Tensor, Tensor]:
-        indices, losses, _ = self.settled()
+        indices, losses, _ = self._held.take()
         return indices, losses
-
-    def settled(self) -> _Held:
-        """All that is held, in the order of the samples, which is then forgotten."""
-        indices, losses, evidence = _joined([*self._merged, *self._own])
-        self._own, self._merged = [], []
-        order = torch.from_numpy(np.argsort(indices.numpy(), kind="stable"))
-        return indices[order], losses[order], evidence[order]
 
     @property
     def unmerged(self) -> bool:
-        return world_size(self.group) > 1 and bool(self._own)
+        return self._held.unmerged
 
     # ---- state ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        held = dict(zip(("indices", "losses", "evidence"), _joined([*self._merged, *self._own]), strict=True))
+        held = dict(zip(("indices", "losses", "evidence"), self._held.peek(), strict=True))
         kept = {name: self._kept.get(name, torch.zeros(0, dtype=dtype)) for name, dtype in self.KEPT.items()}
         return {f"{self.name}_held": held, **{f"{self.name}_{name}": each.clone() for name, each in kept.items()}}
 
@@ -110,8 +98,7 @@ class DeferredScore(ScoreRule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         held = state[f"{self.name}_held"]
-        self._own = []
-        self._merged = [(held["indices"].cpu(), held["losses"].cpu(), held["evidence"].cpu())]
+        self._held.put(held["indices"], held["losses"], held["evidence"])
         kept = {name: state[f"{self.name}_{name}"].cpu().clone() for name in self.KEPT}
         self._kept = {name: each for name, each in kept.items() if len(each)}
 
@@ -151,13 +138,6 @@ def _once_each(where: np.ndarray) -> Iterator[np.ndarray]:
         _, first = np.unique(where[left], return_index=True)
         yield left[first]
         left = np.delete(left, first)
-
-
-def _joined(held: list[_Held]) -> _Held:
-    if not held:
-        return tuple(torch.empty(0, dtype=dtype, device="cpu") for dtype in _HELD_DTYPES)  # type: ignore[return-value]
-    indices, losses, evidence = zip(*held, strict=True)
-    return torch.cat(indices), torch.cat(losses), torch.cat(evidence)
 
 
 def _fits(parts: list[Any], num_samples: int) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.distributed import Group, all_gather_ragged, world_size
+from ..core.distributed import Group
+from .held import HeldVisits
 
 #: Width of a bin of log-SNR: over it the mean loss of a diffusion model changes by less than images differ.
 BIN_WIDTH = 0.25
@@ -39,9 +40,7 @@ class NoiseLevels:
     """
 
     def __init__(self, group: Group = None) -> None:
-        self._group = group
-        self._own: list[_Held] = []  # this rank's, which the others do not know
-        self._merged: list[_Held] = []
+        self._held = HeldVisits(torch.uint8, group)
         self._sums = np.zeros((2, NUM_BINS))  # of the losses, and how many
 
     def hold(self, indices: Tensor, losses: Tensor, log_snr: Tensor) -> None:
@@ -60,15 +59,11 @@ class NoiseLevels:
                 f"score='timestep' divides losses by the mean of their noise level, which makes sense for none below "
                 f"0, but got {float(losses.min()):g}: use score='raw' or 'ema' for this loss"
             )
-        self._own.append((indices, losses, bins_of(log_snr)))
+        self._held.add(indices, losses, bins_of(log_snr))
 
     def merge(self) -> None:
         """Exchange what is held; every rank must call it."""
-        if world_size(self._group) == 1:
-            return
-        parts = [all_gather_ragged(each, self._group) for each in _joined(self._own)]
-        self._merged.extend(zip(*parts, strict=True))
-        self._own = []
+        self._held.merge()
 
     def settle(self) -> tuple[Tensor, Tensor]:
         """End a pass, after a merge.
@@ -77,17 +72,14 @@ class NoiseLevels:
             tuple[Tensor, Tensor]: Indices of its visits in ascending order, shape ``(V,)``, int64, and the loss of each
             as a share of the mean at its noise level, shape ``(V,)``, float32, 1 on average.
         """
-        indices, losses, bins = _joined([*self._merged, *self._own])
-        self._own, self._merged = [], []
-        # In this order, sums are equal to the bit however the visits were shared out.
-        order = np.argsort(indices.numpy(), kind="stable")
-        where, loss, level = indices.numpy()[order], losses.numpy()[order].astype(np.float64), bins.numpy()[order]
+        indices, losses, bins = self._held.take()
+        loss, level = losses.numpy().astype(np.float64), bins.numpy()
         self._sums *= _DECAY
         self._sums += [np.bincount(level, loss, NUM_BINS), np.bincount(level, minlength=NUM_BINS)]
         shares = loss / self._means()[level]
         if shares.any():
             shares /= shares.mean()
-        return torch.from_numpy(where), torch.from_numpy(shares.astype(np.float32))
+        return indices, torch.from_numpy(shares.astype(np.float32))
 
     def _means(self) -> np.ndarray:
         """Mean loss at each bin, over as many bins around it as hold enough losses; 1 where all are 0."""
@@ -104,21 +96,17 @@ class NoiseLevels:
     @property
     def unmerged(self) -> bool:
         """Whether this rank holds losses that the other ranks have not seen yet."""
-        return world_size(self._group) > 1 and bool(self._own)
+        return self._held.unmerged
 
     def state_dict(self) -> dict[str, Tensor]:
         """The losses held and the running sums, as plain tensors."""
-        indices, losses, bins = _joined([*self._merged, *self._own])
+        indices, losses, bins = self._held.peek()
         return {"indices": indices, "losses": losses, "bins": bins, "sums": torch.from_numpy(self._sums.copy())}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over a state; what was held is forgotten."""
-        self._own = []
-        self._merged = [(state["indices"].cpu(), state["losses"].cpu(), state["bins"].cpu())]
+        self._held.put(state["indices"], state["losses"], state["bins"])
         self._sums = state["sums"].cpu().numpy().copy()
-
-
-_Held = tuple[Tensor, Tensor, Tensor]  # indices, losses, bins
 
 
 def bins_of(log_snr: Tensor) -> Tensor:
@@ -142,10 +130,3 @@ def fits(state: Any, num_samples: int) -> bool:
         and not bool((bins >= NUM_BINS).any())
         and all(bool((torch.isfinite(each) & (each >= 0)).all()) for each in (losses, sums))
     )
-
-
-def _joined(held: list[_Held]) -> tuple[Tensor, Tensor, Tensor]:
-    if not held:
-        return tuple(torch.empty(0, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float32, torch.uint8))
-    indices, losses, bins = zip(*held, strict=True)
-    return torch.cat(indices), torch.cat(losses), torch.cat(bins)

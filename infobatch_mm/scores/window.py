@@ -48,7 +48,7 @@ class WindowScore(DeferredScore):
         return batch_mean(losses)
 
     def settle(self) -> tuple[Tensor, Tensor]:
-        indices, losses, means = self.settled()
+        indices, losses, means = self._held.take()
         self._above = (losses >= means).numpy()  # of the visits that fold() gets next
         return indices, losses
 
