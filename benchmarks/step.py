@@ -1,10 +1,11 @@
 """Cost of the hook in a training step, against the host's own step.
 
-    python benchmarks/step.py [CONFIG] [--size 64] [--batch-size 8] [--pairs 60] [--score gradient]
+    python benchmarks/step.py [CONFIG] [--size 64] [--batch-size 8] [--rounds 60] [--scores raw gradient]
 
-Steps of the same model on the same batch alternate; the figure is the median of the paired ratios. A step with the hook
-looks the batch's weights up, weighs its losses and records its scores, as in a run; a step without is the host's own
-preprocessing, forward and backward pass and update. Loading data is in neither.
+Each round makes one step of every kind on the same model and batch, in random order: the host's own, and one for each
+score. Figures are medians and quartiles of the ratios within a round. A step with the hook looks the batch's weights
+up, weighs its losses and records its scores, as in a run; a step without is the host's own preprocessing, forward and
+backward pass and update. Loading data is in neither.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
-from paired import paired_steps
+from paired import steps_in_turn
 from torch import nn
 
 DEFAULT = Path(__file__).parents[1] / "configs/demo/fcn_r18-tiny_1xb8-1k_demo-96x96.py"
@@ -54,8 +55,8 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default=str(DEFAULT), help="of MMSegmentation or MMPretrain")
     parser.add_argument("--size", type=int, default=64, help="width and height of the images")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=60)
-    parser.add_argument("--score", default="raw", help="what samples are scored by: raw, gradient, ...")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--scores", nargs="+", default=["raw"], help="what samples are scored by: raw, gradient, ...")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -76,15 +77,20 @@ def main() -> None:
         return model.parse_losses(model.loss(**batch))[0]
 
     weights = torch.rand(args.batch_size) + 0.5
-    most = args.pairs
-    pairs = paired_steps(model, loss, weights, lr=1e-3, most=most, least=most, warm_up=5, score=args.score)
-    ratios = sorted(on / off for on, off in pairs)
-    host = statistics.median(off for _, off in pairs)
-    quartiles = statistics.quantiles(ratios, n=4)
-    print(
-        f"{Path(args.config).stem}: host step {host * 1e3:.1f} ms, with the hook x {statistics.median(ratios):.3f} "
-        f"(quartiles {quartiles[0]:.3f}-{quartiles[2]:.3f}, {args.pairs} pairs, {torch.get_num_threads()} threads)"
-    )
+    most = args.rounds
+    rounds = steps_in_turn(model, loss, weights, lr=1e-3, most=most, least=most, warm_up=5, scores=args.scores)
+    host = statistics.median(each["host"] for each in rounds)
+    print(f"{Path(args.config).stem}: host step {host * 1e3:.1f} ms, {most} rounds, {torch.get_num_threads()} threads")
+    for score in args.scores:
+        line = [f"  score={score!r}: x {spread(rounds, score, 'host')} of the host's"]
+        line += [f"x {spread(rounds, score, other)} of {other!r}" for other in args.scores[: args.scores.index(score)]]
+        print(", ".join(line))
+
+
+def spread(rounds: list[dict[str, float]], kind: str, other: str) -> str:
+    """Median and quartiles of the ratio of two kinds of steps."""
+    low, middle, high = statistics.quantiles([each[kind] / each[other] for each in rounds], n=4)
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
 if __name__ == "__main__":

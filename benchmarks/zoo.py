@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 from mmengine.registry import init_default_scope
-from paired import paired_steps
+from paired import steps_in_turn
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -116,9 +116,9 @@ def errors_from(case: Case, weights: Tensor, result: Result, seed: int) -> tuple
 
 
 def step_ratio(case: Case, weights: Tensor) -> float:
-    """Median of the ratios of alternating steps, with weighing over without."""
-    pairs = paired_steps(case.model, case.loss, weights, lr=1e-6, most=MAX_PAIRS, least=MIN_PAIRS, seconds=TIME_BOX)
-    return statistics.median(on / off for on, off in pairs)
+    """Median of the ratios of steps in turn, with weighing over without."""
+    rounds = steps_in_turn(case.model, case.loss, weights, lr=1e-6, most=MAX_PAIRS, least=MIN_PAIRS, seconds=TIME_BOX)
+    return statistics.median(each["raw"] / each["host"] for each in rounds)
 
 
 def check_folder(host: Host, folder: Path) -> Result:

@@ -7,7 +7,9 @@ the layer's own weight gradient. The rest of the backward pass goes on as ever, 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -50,10 +52,13 @@ def layer_squares(layer: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
         return squares + _sum_of_squares(rows.float().sum(1)) if layer.bias is not None else squares
     assert isinstance(layer, _CONVOLUTIONS)
     flat = gradient.flatten(2)
-    squares = flat.new_zeros(len(flat), dtype=torch.float32)
-    for part in _shifted(layer, inputs, gradient.shape[2:]):
-        squares = squares + _sum_of_squares(torch.bmm(flat, part.flatten(2).transpose(1, 2)))
-    return squares + _sum_of_squares(flat.float().sum(2)) if layer.bias is not None else squares
+    parts = [
+        _sum_of_squares(torch.bmm(flat, part.flatten(2).transpose(1, 2)))
+        for part in _shifted(layer, inputs, gradient.shape[2:])
+    ]
+    if layer.bias is not None:
+        parts.append(_sum_of_squares(flat.float().sum(2)))
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 def _shifted(layer: Any, inputs: Tensor, size: torch.Size) -> list[Tensor]:
@@ -61,11 +66,9 @@ def _shifted(layer: Any, inputs: Tensor, size: torch.Size) -> list[Tensor]:
     if any(layer.padding):
         inputs = F.pad(inputs, [each for padding in reversed(layer.padding) for each in (padding, padding)])
     parts = []
-    for place in torch.cartesian_prod(*(torch.arange(k, device="cpu") for k in layer.kernel_size)).view(
-        -1, len(layer.kernel_size)
-    ):
+    for place in product(*map(range, layer.kernel_size)):
         part = inputs
-        for axis, (at, step, dilation) in enumerate(zip(place.tolist(), layer.stride, layer.dilation, strict=True)):
+        for axis, (at, step, dilation) in enumerate(zip(place, layer.stride, layer.dilation, strict=True)):
             start = at * dilation
             part = part[(slice(None),) * (2 + axis) + (slice(start, start + (size[axis] - 1) * step + 1, step),)]
         parts.append(part)
@@ -74,7 +77,7 @@ def _shifted(layer: Any, inputs: Tensor, size: torch.Size) -> list[Tensor]:
 
 def _sum_of_squares(values: Tensor) -> Tensor:
     """Over all but the first dimension, shape ``(B,)``, float32: squares of half precision overflow."""
-    return values.reshape(len(values), -1).float().square().sum(1)
+    return torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1, dtype=torch.float32).square()
 
 
 class SampleNorms:
@@ -117,8 +120,7 @@ class SampleNorms:
         Returns:
             Tensor: Shape ``(B,)``, float32: :data:`NOT_YET`, and NaN where a loss is not finite.
         """
-        finite = torch.isfinite(losses.detach())
-        self._norms = torch.where(finite, NOT_YET, float("nan")).to(torch.float32)
+        self._norms = losses.detach().float() * 0.0 + NOT_YET  # NaN where a loss is not finite
         self._factors = factors
         if objective.requires_grad:
             objective.register_hook(self._from_objective)
@@ -133,37 +135,49 @@ class SampleNorms:
     def _from_objective(self, gradient: Tensor) -> None:
         # A second backward pass from here fills in the same norms; one from elsewhere is none of this batch's.
         self._squares, self._come = None, 0
-        self._upstream = gradient.detach().sum().abs().float()
+        gradient = gradient.detach()
+        self._upstream = (gradient.sum() if gradient.dim() else gradient).abs().float()
 
     def _from_layer(self, layer: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            unit = _unit(gradient)
-            self._fill(layer_squares(layer, inputs, gradient / unit), unit)
+        with torch.no_grad(), _without_autocast(gradient.device.type):
+            if (gradient := self._of_losses(gradient)) is not None:
+                self._fill(layer_squares(layer, inputs, gradient))
 
     def _from_outputs(self, gradient: Tensor) -> None:
         with torch.no_grad():
-            unit = _unit(gradient)
-            self._fill(_sum_of_squares(gradient / unit), unit)
+            if (gradient := self._of_losses(gradient)) is not None:
+                self._fill(_sum_of_squares(gradient))
 
-    def _fill(self, squares: Tensor, unit: Tensor) -> None:
-        if self._norms is None or self._factors is None or self._upstream is None or len(squares) != len(self._norms):
-            return
+    def _of_losses(self, gradient: Tensor) -> Tensor | None:
+        """A gradient without what the objective was scaled by; None where it is not of the expected backward pass."""
+        if self._norms is None or self._upstream is None or len(gradient) != len(self._norms):
+            return None
+        # Divided before it is squared: scales of losses grow beyond the root of the largest number. Half precision
+        # first gets the range that small gradients need without their scale.
+        if gradient.dtype == torch.float16:
+            gradient = gradient.float()
+        return gradient / self._upstream
+
+    def _fill(self, squares: Tensor) -> None:
         if self._come >= self._watched:
             return
+        assert self._norms is not None
         self._come += 1
         self.is_known = self._come == self._watched
-        # Divided before it is squared: scales of losses grow beyond the root of the largest number. What was watched
-        # in several places is one gradient.
-        squares = squares * (unit.float() / self._upstream).square()
+        # What was watched in several places is one gradient.
         self._squares = squares if self._squares is None else self._squares + squares
         norms = self._squares.sqrt() / self._factors
-        # In place: whoever records the norms holds this very tensor. A gradient that overflowed is none.
-        self._norms.copy_(torch.where(torch.isfinite(norms) & (self._norms == self._norms), norms, self._norms))
+        # In place: whoever records the norms holds this very tensor. A gradient that overflowed is none. A difference
+        # with itself is 0 where both are finite, in half as many operations as isfinite() takes.
+        both = norms + self._norms
+        self._norms.copy_(torch.where(both - both == 0, norms, self._norms))
 
 
-def _unit(gradient: Tensor) -> Tensor:
-    """A scalar by which to divide a gradient, so that products of half precision neither overflow nor vanish."""
-    if not gradient.numel():
-        return gradient.new_ones(())
-    largest = gradient.abs().amax()
-    return torch.where(largest > 0, largest, torch.ones_like(largest))
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """A context in which nothing is cast to half precision."""
+    try:
+        is_on = torch.is_autocast_enabled(device)
+    except TypeError:  # before torch 2.4 it tells of one kind of device only
+        is_on = True
+    # To enter the context takes longer than the product inside it.
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
