@@ -213,6 +213,7 @@ def test_resumed_on_more_processes_visits_the_very_same_rest(two: Done, killed: 
     assert apart <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_resumed_with_another_global_batch_keeps_scores_and_progress(killed: Done, tmp_path: Path):
     before = killed.checkpoint["infobatch"]
     resumed = resume(killed, tmp_path, 2, "--batch-size", "4")

@@ -312,6 +312,7 @@ def test_images_without_captions_are_refused(scripts: dict[str, dict[str, Any]],
 # ---- killed and resumed -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(demo: Demo, pruned: dict[str, Path], tmp_path: Path):
     arguments, whole = demo.arguments(TEXT, tmp_path), told(pruned[TEXT])
     launch(TEXT, tmp_path, *arguments, kill_from=KILL_FROM)

@@ -175,6 +175,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Seen]]:
     return [json.loads((folder / f"seen.{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("name", list(SHARED))
 def test_two_processes_make_as_many_steps_on_equal_shares(ranks: list[dict[str, Seen]], name: str):
@@ -189,6 +190,7 @@ def test_two_processes_make_as_many_steps_on_equal_shares(ranks: list[dict[str, 
         assert each["resumed"] == each["journal"][each["stop"] :]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_as_one(ranks: list[dict[str, Seen]]):
     """With the same global batches: the same samples in each of them, and the same parameters."""

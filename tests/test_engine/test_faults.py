@@ -226,7 +226,9 @@ def kill_at_random(stage: Stage, setting: Setting, lives_of: list[int], seed: st
     "setting",
     [
         Setting(workers=2, interval=4, keep=1),
-        Setting(epochs=True, accumulate=3, ema=True, interval=2, schedule="one cycle"),
+        pytest.param(
+            Setting(epochs=True, accumulate=3, ema=True, interval=2, schedule="one cycle"), marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )

@@ -273,6 +273,7 @@ def test_images_are_compared_as_they_are_stored(material: Path, tmp_path: Path) 
     assert read.dtype == torch.uint8 and torch.equal(read, pixels)
 
 
+@pytest.mark.slow
 def test_fid_is_torch_fidelitys_on_folders_of_the_same_pictures(
     material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,7 @@ def test_a_handful_of_segmentors_is_weighed_exactly(tmp_path: Path) -> None:
         assert_exact(folder)
 
 
+@pytest.mark.slow
 def test_classifiers_with_and_without_mixing_are_weighed_exactly(tmp_path: Path) -> None:
     pytest.importorskip("mmpretrain")
     folders = walk("mmpretrain", tmp_path, ["lenet", "deit", "glip"])
