@@ -1,14 +1,16 @@
-"""Train a pair of configs, unpruned and pruned, and set them side by side.
+"""Train a config with and without pruning, and set the runs side by side.
 
-    infobatch-mm compare UNPRUNED PRUNED [--seeds 0 1] [--shortened] [--random] [--metric NAME]
-        [--then CONFIG] [--then-options k=v ...] [--work-dir DIR] [--cfg-options k=v ...]
+    infobatch-mm compare UNPRUNED [PRUNED ...] [--policies SPEC ...] [--seeds 0 1 2] [--controls [NAME ...]]
+        [--margin M] [--metric NAME] [--lower-is-better] [--then CONFIG] [--then-options k=v ...] [--work-dir DIR]
+        [--cfg-options k=v ...]
 
-Leaves ``comparison.json`` and ``comparison.png`` in the work dir, with several seeds one of each per seed and a
-``comparison.json`` of their means and standard deviations. Two controls, each with the visits that the pruned
-run made: ``--shortened`` is the unpruned config that ends earlier, its schedule shortened; ``--random`` prunes
-at random, with the same rescaling and annealing. For configs by iterations and by epochs. A pre-training has no
-quality of its own: ``--then CONFIG`` fine-tunes from the last checkpoint of each run and, as a control, from random
-weights.
+An arm is a pruned config, or a policy by its name and settings, ``variance:target_saving=0.4,score=gradient``, added to
+the unpruned config. Leaves ``comparison.json`` and ``comparison.png`` in the work dir, with several seeds one of each
+per seed, a ``comparison.json`` over all of them and ``verdicts.png``. Controls make the visits that a pruned run made:
+``shortened`` is the unpruned config that ends earlier, its schedule complete; ``random`` prunes at random, with
+weights; ``smaller`` makes as many steps on smaller batches; ``unweighted`` is the pruned run without weights. An arm
+that is done is not trained again, and one that was interrupted goes on. A pre-training has no quality of its own:
+``--then CONFIG`` fine-tunes from the last checkpoint of each run and, as a control, from random weights.
 """
 
 from __future__ import annotations
@@ -26,69 +28,138 @@ from rich.console import Console
 from ..report.figures import comparison_figure
 from ..report.seeds import Rows, means, write_numbers
 from ..report.tables import comparison_table
-from .comparison.arms import Comparison
+from ..report.verdict_figures import verdict_figure
+from ..report.verdict_tables import verdict_table
+from .comparison.arms import Arms
 from .comparison.checks import check
-from .comparison.request import Request
+from .comparison.lives import settings_of
+from .comparison.pruned_arms import PrunedArm, pruned_arms, write_config
+from .comparison.request import Request, add_statistics_arguments, take_controls
+from .comparison.results import Question, account, judged, question, saved_by
+from .comparison.sharing import Family
 from .comparison.training import progress_on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare as the command line says."""
     parser = _parser()
-    request = Request(**vars(parser.parse_args(argv)))
+    args = parser.parse_intermixed_args(argv)
+    request = Request(controls=take_controls(args), **vars(args))
     cfg = check(parser, request)
 
     # Whoever ends this process ends its training as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    console = Console()
-    results: dict[int, Rows] = {}
-    for seed in request.seeds:
-        work_dir = request.work_dir / f"seed{seed}" if len(request.seeds) > 1 else request.work_dir
-        metric, results[seed] = compare(request, seed, work_dir, cfg, console)
-        console.print(comparison_table(f"{request.unpruned.stem}, seed {seed}", metric, [results[seed]]))
-    if len(results) > 1:
-        title = f"{request.unpruned.stem}, mean ± standard deviation of {len(results)} seeds"
-        console.print(comparison_table(title, metric, list(results.values())))
-        _keep(request.work_dir / "comparison.json", means(metric, results), console)
+    comparison = _Comparison(request, cfg, Console())
+    comparison.run()
+    comparison.conclude(argv)
 
 
-def compare(request: Request, seed: int, work_dir: Path, cfg: Config, console: Console) -> tuple[str, Rows]:
-    """Train all arms with one seed, and keep their numbers and figures in its work dir.
+class _Comparison:
+    """Trains all arms with all seeds, and tells what came of it.
 
-    Returns:
-        tuple: The metric, and of each arm its value, visits, iterations, wall-clock.
+    Args:
+        request (Request): What the user asks for, checked.
+        cfg (Config): The unpruned config with its overrides.
+        console (Console): Where to tell.
     """
-    with progress_on(console) as progress:
-        metric, arms = Comparison(request, seed, work_dir, cfg, progress).run()
-    rows = {name: arm.row(metric) for name, arm in arms.items()}
-    saved = 1 - rows["infobatch"]["visits"] / rows["baseline"]["visits"]
-    _keep(work_dir / "comparison.json", {"metric": metric, **rows, "saved_ratio": saved}, console)
-    comparison_figure(f"{request.unpruned.stem}, seed {seed}", metric, arms, work_dir / "comparison.png")
-    console.print(str(work_dir / "comparison.png"), highlight=False)
-    return metric, rows
 
+    def __init__(self, request: Request, cfg: Config, console: Console) -> None:
+        self._request, self._console = request, console
+        self._pruned: list[PrunedArm] = pruned_arms(request, request.work_dir / "configs")
+        for arm in self._pruned:
+            write_config(request.unpruned, arm)
+        self._seeds = {seed: Arms(request, self._pruned, seed, self._work_dir(seed), cfg) for seed in request.seeds}
+        for arms in self._seeds.values():
+            arms.check_what_is_there()
+        self._rows: dict[int, Rows] = {}
+        self._family: Family
+        self._asked: Question
 
-def _keep(path: Path, content: dict[str, Any], console: Console) -> None:
-    """Write numbers and say where."""
-    write_numbers(path, content)
-    console.print(str(path), highlight=False)
+    def run(self) -> None:
+        """Train and show each seed; which control serves which arm is decided by the first."""
+        for seed, arms in self._seeds.items():
+            with progress_on(self._console) as progress:
+                metric = arms.train_pruned(progress)
+                if not self._rows:
+                    self._family = arms.family()
+                    self._asked = question(metric, self._request.margin, self._request.lower_is_better)
+                    for words in self._family.left_out:
+                        self._console.print(words, highlight=False, markup=False)
+                arms.train_controls(self._family.controls, progress)
+            found = arms.read(metric)
+            self._rows[seed] = {name: arm.row(metric) for name, arm in found.items()}
+            title = f"{self._request.unpruned.stem}, seed {seed}"
+            picture = self._work_dir(seed) / "comparison.png"
+            comparison_figure(title, metric, found, picture)
+            self._console.print(str(picture), highlight=False)
+            self._console.print(comparison_table(title, metric, [self._rows[seed]], pruned=self._names))
+            if len(self._seeds) > 1:
+                self._keep(self._work_dir(seed) / "comparison.json", self._of_one(seed))
+
+    def conclude(self, argv: Sequence[str] | None) -> None:
+        """Show and keep what all seeds say together."""
+        request, metric = self._request, self._asked.metric
+        rows = list(self._rows.values())
+        numbers = means(metric, self._rows) if len(rows) > 1 else self._of_one(request.seeds[0])
+        told = account(self._asked, self._rows, self._family.opponents, self._family.left_out, self._settings(), argv)
+        self._keep(request.work_dir / "comparison.json", {**numbers, **told})
+        found = judged(self._asked, self._rows, self._family.opponents)
+        lower = self._asked.lower_is_better
+        if len(rows) > 1:
+            title = f"{request.unpruned.stem}, mean ± standard deviation of {len(rows)} seeds"
+            self._console.print(comparison_table(title, metric, rows, pruned=self._names))
+            picture = request.work_dir / "verdicts.png"
+            verdict_figure(f"{request.unpruned.stem}, {len(rows)} seeds", metric, found, lower, picture)
+            self._console.print(str(picture), highlight=False)
+        self._console.print(verdict_table(f"{request.unpruned.stem}, verdicts", metric, found, lower))
+
+    @property
+    def _names(self) -> list[str]:
+        return [arm.name for arm in self._pruned]
+
+    def _work_dir(self, seed: int) -> Path:
+        root = self._request.work_dir
+        return root / f"seed{seed}" if len(self._request.seeds) > 1 else root
+
+    def _of_one(self, seed: int) -> dict[str, Any]:
+        """The numbers of one seed."""
+        saved = saved_by(self._names, self._rows[seed])
+        first = saved[self._names[0]]
+        more = {"saved_ratios": saved} if len(saved) > 1 else {}
+        return {"metric": self._asked.metric, **self._rows[seed], "saved_ratio": first, **more}
+
+    def _settings(self) -> dict[str, Any]:
+        """Of each arm its config, its overrides by seed, and all settings with the first seed."""
+        first = self._seeds[self._request.seeds[0]]
+        return {
+            name: {
+                "config": str(trained.config),
+                "options": {str(seed): arms.trained[name].options for seed, arms in self._seeds.items()},
+                "merged": settings_of(trained.config, trained.options),
+            }
+            for name, trained in first.trained.items()
+        }
+
+    def _keep(self, path: Path, content: dict[str, Any]) -> None:
+        """Write numbers and say where."""
+        write_numbers(path, content)
+        self._console.print(str(path), highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a pair of configs, unpruned and pruned, and compare")
+    parser = argparse.ArgumentParser(description="Train a config, unpruned and pruned, and compare")
     parser.add_argument("unpruned", type=Path, help="config of the unpruned run")
-    parser.add_argument("pruned", type=Path, help="the same config with the one line")
+    parser.add_argument("pruned", type=Path, nargs="*", help="the same config with the one line, an arm each")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/comparison"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shortened", action="store_true", help="also train unpruned at the pruned run's budget")
-    parser.add_argument("--random", action="store_true", help="also prune at random, as much as the pruned run did")
+    add_statistics_arguments(parser)
     parser.add_argument("--then", type=Path, help="config of a fine-tuning from each run's last checkpoint")
     parser.add_argument("--then-options", nargs="+", default=[], help="overrides for the fine-tunings")
     parser.add_argument("--metric", help="name in the log, e.g. mDice (default: mIoU or accuracy/top1)")
+    parser.add_argument("--lower-is-better", action="store_true", help="as of metrics that have 'loss' in their name")
     parser.add_argument(
         "--cfg-options",
         nargs="+",
         default=[],
-        help="overrides for all arms of UNPRUNED and PRUNED, as in tools/train.py",
+        help="overrides for all arms, as in tools/train.py",
     )
     return parser

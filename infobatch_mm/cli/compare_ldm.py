@@ -1,10 +1,12 @@
-"""Train a latent-diffusion model without and with InfoBatch, and compare.
+"""Train a latent-diffusion model without and with pruning, and compare.
 
-infobatch-mm compare-ldm configs/ldm/FULL.yaml configs/ldm/PRUNED.yaml --work_dir DIR [--seeds 0 1] [--shortened]
-    [--random] [--scores raw ema timestep] -- --train_data_dir DIR --vae DIR --eval_data_dir DIR ...
+infobatch-mm compare-ldm configs/ldm/FULL.yaml [configs/ldm/PRUNED.yaml ...] --work_dir DIR [--policies SPEC ...]
+    [--seeds 0 1] [--controls [NAME ...]] [--margin M] [--scores raw ema timestep] -- --train_data_dir DIR --vae DIR
+    --eval_data_dir DIR ...
 
 What stands after -- goes to every run of train-ldm. Each run is kept below DIR, and not trained again where it is
-done; the encoded images are shared. DIR/comparison.json holds the numbers, DIR/samples.png the samples of all arms.
+done; the encoded images are shared. DIR/comparison.json holds numbers and verdicts, DIR/samples.png the samples of all
+arms, DIR/verdicts.png the differences over several seeds.
 """
 
 from __future__ import annotations
@@ -19,88 +21,120 @@ from typing import Any
 
 from rich.console import Console
 
-from ..core import EpochSchedule
 from ..core.summary import differences
 from ..diffusion.options import parse_options
 from ..report.diffusion_runs import METRIC, read_row, side_by_side
 from ..report.seeds import Rows, means, write_numbers
 from ..report.summaries import read_summary
 from ..report.tables import comparison_table
+from ..report.verdict_figures import verdict_figure
+from ..report.verdict_tables import verdict_table
 from ..scores import SCORES
-from .comparison.controls import random_ratio
+from .comparison.ldm_arms import LEFT_OUT, check_twins, control_flags, passes_of, pruned_arms, shortened
+from .comparison.request import add_statistics_arguments, take_controls
+from .comparison.results import account, judged, question
+from .comparison.sharing import Family, assign
+from .comparison.specs import folder_of
 from .subcommands import command
 
-#: An output folder for options that are only looked at.
-_NOWHERE = ("--output_dir", ".")
+__all__ = ["main", "passes_of", "shortened"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare as the command line says."""
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)
-    args, options = _parser().parse_args(given[:cut]), given[cut + 1 :]
+    parser = _parser()
+    args, options = parser.parse_intermixed_args(given[:cut]), given[cut + 1 :]
+    controls = take_controls(args)
+    common = ["--latents_dir", str(args.work_dir / "latents"), *options]
+    try:
+        arms = pruned_arms(args)
+        check_twins(args.full, arms, common)
+    except ValueError as error:
+        parser.error(str(error))
 
     seeds: dict[int, Rows] = {}
+    family: Family | None = None
     for seed in args.seeds:
-        seeds[seed] = train_arms(args, seed, [*options, "--seed", str(seed)])
-    console = Console()
-    pruned = args.scores or ["infobatch"]
-    console.print(comparison_table(Path(args.full).stem, METRIC, list(seeds.values()), decimals=5, pruned=pruned))
-    result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
-    if len(seeds) > 1:
-        result = {**means(METRIC, seeds), "by_seed": result}
-    write_numbers(args.work_dir / "comparison.json", result)
-    shown = args.work_dir / "samples.png"
-    if side_by_side(args.work_dir / f"seed-{args.seeds[0]}", list(seeds[args.seeds[0]]), shown):
-        console.print(f"samples of all arms: {shown}")
+        flags = [*common, "--seed", str(seed)]
+        seeds[seed], family = train_arms(args, controls, arms, seed, flags, family)
+    assert family is not None
+    _conclude(args, seeds, family, given)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Compare a pruned latent-diffusion training with its unpruned twin")
+    parser = argparse.ArgumentParser(description="Compare pruned latent-diffusion trainings with their unpruned twin")
     parser.add_argument("full", help="recipe of the unpruned run")
-    parser.add_argument("pruned", help="recipe of the pruned run")
+    parser.add_argument("pruned", nargs="*", help="recipes of pruned runs, an arm each")
     parser.add_argument("--work_dir", type=Path, required=True, help="where the runs go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm for each of them")
-    parser.add_argument("--shortened", action="store_true", help="control: the unpruned run, as many visits as pruned")
-    parser.add_argument("--random", action="store_true", help="control: pruned at random, as many visits as pruned")
+    add_statistics_arguments(parser)
     parser.add_argument("--scores", nargs="+", choices=SCORES, help="one pruned arm for each of these scores")
     return parser
 
 
-def train_arms(args: argparse.Namespace, seed: int, options: list[str]) -> Rows:
-    """Train every arm with one seed; the controls are made after the pruned run."""
+def train_arms(
+    args: argparse.Namespace,
+    controls: Sequence[str],
+    arms: dict[str, list[str]],
+    seed: int,
+    options: list[str],
+    family: Family | None,
+) -> tuple[Rows, Family]:
+    """Train every arm with one seed; the controls are made after the pruned runs.
+
+    Args:
+        args (Namespace): The command line.
+        controls (Sequence[str]): Wanted kinds of controls.
+        arms (dict): Flags of each pruned arm.
+        seed (int): Of all arms.
+        options (list[str]): Flags of all runs.
+        family (Family, optional): Which control serves which arm; None where this seed is to decide it.
+
+    Returns:
+        tuple: The rows by arm, and the family.
+    """
     root = args.work_dir / f"seed-{seed}"
-    common = ["--latents_dir", str(args.work_dir / "latents"), *options]
-    full, pruned = (["--config", recipe, *common] for recipe in (args.full, args.pruned))
+    full = ["--config", args.full, *options]
+    # What stands on the command line wins over the flags of an arm, but for those that make it the arm it is.
+    pruned = {name: [*flags[:2], *options, *flags[2:]] for name, flags in arms.items()}
     rows = {"baseline": run(root / "baseline", full)}
-    arms = {score: ["--score", score] for score in args.scores or ()} or {"infobatch": []}
-    for name, flags in arms.items():
-        rows[name] = run(root / name, [*pruned, *flags])
-    summary = read_summary(root / next(iter(arms)))  # the controls make as many visits as the first pruned arm
-    assert summary is not None
-    if args.shortened:
-        length = shortened(parse_options([*full, *_NOWHERE]), summary)
-        rows["shortened"] = run(root / "shortened", [*full, *length])
-    if args.random:
-        ratio = random_ratio(passes_of(summary), summary)
-        rows["random"] = run(root / "random", [*pruned, "--policy", "random", "--prune_ratio", f"{ratio:.6f}"])
-    return rows
+    for name, flags in pruned.items():
+        rows[name] = run(root / folder_of(name), flags)
+    found = {name: read_summary(root / folder_of(name)) for name in pruned}
+    summaries = {name: summary for name, summary in found.items() if summary is not None}
+    if family is None:
+        reasons = {(name, kind): reason for name in pruned for kind, reason in LEFT_OUT.items()}
+        family = assign(controls, summaries, reasons)
+        print(*family.left_out, sep="\n", end="\n" if family.left_out else "")
+    for control in family.controls:
+        flags = control_flags(control, full, pruned[control.owner], summaries[control.owner])
+        rows[control.name] = run(root / folder_of(control.name), flags)
+    return rows, family
 
 
-def shortened(args: argparse.Namespace, summary: dict[str, Any]) -> list[str]:
-    """Flags of an unpruned run that makes about as many visits as a pruned one made: in whole epochs, or in steps."""
-    if args.max_train_steps is not None:
-        return [
-            "--max_train_steps",
-            str(max(1, round(args.max_train_steps * summary["visits"] / summary["visits_full"]))),
-        ]
-    return ["--num_epochs", str(max(1, round(summary["visits"] / summary["num_samples"])))]
-
-
-def passes_of(summary: dict[str, Any]) -> EpochSchedule:
-    """The passes of a run, whose last one may be partial, visit by visit."""
-    visits = round(summary["passes_total"] * summary["num_samples"])
-    return EpochSchedule(summary["num_samples"], None, batch_size=1, max_steps=visits)
+def _conclude(args: argparse.Namespace, seeds: dict[int, Rows], family: Family, argv: Sequence[str]) -> None:
+    """Show and keep what all seeds say together."""
+    console, title = Console(), Path(args.full).stem
+    asked = question(METRIC, args.margin)
+    pruned = list(family.opponents)
+    console.print(comparison_table(title, METRIC, list(seeds.values()), decimals=5, pruned=pruned))
+    first = args.work_dir / f"seed-{args.seeds[0]}"
+    names = {name: folder_of(name) for name in seeds[args.seeds[0]]}
+    settings = {name: json.loads((first / folder / "options.json").read_text()) for name, folder in names.items()}
+    told = account(asked, seeds, family.opponents, family.left_out, settings, argv)
+    result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
+    found = judged(asked, seeds, family.opponents)
+    if len(seeds) > 1:
+        result = {**means(METRIC, seeds), "by_seed": result}
+        picture = args.work_dir / "verdicts.png"
+        verdict_figure(f"{title}, {len(seeds)} seeds", METRIC, found, asked.lower_is_better, picture)
+        console.print(str(picture), highlight=False)
+    write_numbers(args.work_dir / "comparison.json", {"metric": METRIC, **result, **told})
+    console.print(verdict_table(f"{title}, verdicts", METRIC, found, asked.lower_is_better, decimals=5))
+    shown = args.work_dir / "samples.png"
+    if side_by_side(first, list(names.values()), shown):
+        console.print(f"samples of all arms: {shown}")
 
 
 def run(output_dir: Path, flags: list[str]) -> dict[str, float]:

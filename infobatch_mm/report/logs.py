@@ -8,6 +8,8 @@ from typing import Any
 
 #: What runs are compared by where the user does not say: the first that the log has. The hosts log percents.
 METRICS = ("mIoU", "accuracy/top1")
+# Percent points that a pruned run may be worse by, where the user does not say.
+_MARGIN = 0.5
 
 
 def find_metric(work_dir: Path, wanted: str | None) -> str:
@@ -39,7 +41,7 @@ def last_value(work_dir: Path, metric: str) -> float:
 
 
 def validations(work_dir: Path) -> list[dict[str, Any]]:
-    """The validations in the newest log of a run, in their order.
+    """The validations of a run in their order, over all its lives: where it was resumed, the later life counts.
 
     Args:
         work_dir (Path): Of the run.
@@ -47,11 +49,41 @@ def validations(work_dir: Path) -> list[dict[str, Any]]:
     Returns:
         list[dict]: Value of each metric, and under ``step`` the epochs or iterations before the validation.
     """
-    # Each run logs into a folder named by its time.
-    scalars = sorted(work_dir.glob("*/vis_data/scalars.json"))[-1]
-    lines = [json.loads(line) for line in scalars.read_text().splitlines()]
+    found: list[dict[str, Any]] = []
+    # Each life logs into a folder named by its time.
+    for scalars in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        life = _validations_in(scalars)
+        if life:  # what came after the checkpoint that it began from was made a second time
+            found = [line for line in found if line["step"] < life[0]["step"]] + life
+    return found
+
+
+def _validations_in(scalars: Path) -> list[dict[str, Any]]:
+    """The validations in one log."""
+    lines = []
+    for text in scalars.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # a kill has cut the line short
+            continue
     # Lines of the training name their iteration, and ours their prefix.
     return [line for line in lines if "iter" not in line and not any(key.startswith("infobatch/") for key in line)]
+
+
+def set_aside(work_dir: Path) -> None:
+    """Rename the logs that a work dir holds, which then count no more: a training there begins from the start."""
+    for scalars in work_dir.glob("*/vis_data/scalars.json"):
+        scalars.rename(scalars.with_name("scalars.superseded.json"))
+
+
+def default_margin(metric: str) -> float | None:
+    """What a pruned run may be worse by and still be called lossless; None for metrics of unknown units."""
+    return _MARGIN if metric in METRICS else None
+
+
+def is_loss(metric: str) -> bool:
+    """Whether lower values of a metric are better, by its name."""
+    return "loss" in metric.lower()
 
 
 def labelled(metric: str) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..core import Schedule
 from .logs import last_value, validations
@@ -69,7 +74,9 @@ def read_arm(
         points = [(length, last_value(fine_tuned, metric))]
     steps, quality = [step for step, _ in points], [value for _, value in points]
     kept = [] if summary is None else summary["per_pass"]
-    if schedule.loop == "iterations":  # every batch of an iteration loop is full
+    if schedule.loop == "iterations" and summary is not None and summary.get("keep") == "steps":
+        visits, iterations = _visits_of_smaller_batches(schedule, kept, steps), steps[-1]
+    elif schedule.loop == "iterations":  # every batch of an iteration loop is full
         visits, iterations = [step * schedule.batch_size for step in steps], steps[-1]
     elif summary is None:
         visits, iterations = [step * schedule.full_visits(0) for step in steps], steps[-1] * schedule.full_batches(0)
@@ -77,6 +84,15 @@ def read_arm(
         visits = [sum(entry["kept"] for entry in kept[:step]) for step in steps]
         iterations = summary["iterations"]
     return Arm(visits, quality, iterations, wall_time_s, [entry["kept_ratio"] for entry in kept])
+
+
+def _visits_of_smaller_batches(
+    schedule: Schedule, per_pass: Sequence[Mapping[str, Any]], steps: Sequence[int]
+) -> list[int]:
+    """Visits up to each step of a run whose pruned passes make as many steps as full ones, on smaller batches."""
+    ends = accumulate(schedule.full_batches(entry["pass"]) for entry in per_pass)
+    visits = accumulate(entry["kept"] for entry in per_pass)
+    return [round(float(each)) for each in np.interp(steps, [0, *ends], [0, *visits])]
 
 
 def last_checkpoint(work_dir: Path) -> str:

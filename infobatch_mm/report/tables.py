@@ -9,6 +9,9 @@ from rich.table import Table
 from .logs import labelled
 from .seeds import Rows, spread
 
+# Names of arms up to this length are never broken; longer ones leave room for the numbers.
+_SHORT_NAME = 20
+
 
 def comparison_table(
     title: str, metric: str, seeds: Sequence[Rows], decimals: int = 2, pruned: Sequence[str] = ("infobatch",)
@@ -27,7 +30,8 @@ def comparison_table(
     """
     result = Table(title=title)
     for column in ("", labelled(metric), "sample visits", "iterations", "wall-clock (s)"):
-        result.add_column(column, justify="right" if column else "left", no_wrap=not column)
+        whole = not column and max(map(len, seeds[0])) <= _SHORT_NAME
+        result.add_column(column, justify="right" if column else "left", no_wrap=whole, overflow="fold")
     costs = ("visits", "iterations", "wall_time_s")
     for arm in seeds[0]:
         quality = spread([rows[arm][metric] for rows in seeds], f".{decimals}f")

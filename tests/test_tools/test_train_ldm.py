@@ -382,6 +382,7 @@ def test_the_factor_of_the_latents_can_be_set_and_is_kept(material: Path, tmp_pa
     assert LDMPipeline.from_pretrained(tmp_path).vqvae.config.scaling_factor == 2.0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
     "options", [{}, pytest.param({"gradient_accumulation_steps": 2, "policy": "none"}, marks=pytest.mark.slow)]
@@ -420,8 +421,11 @@ def test_two_processes_train_as_one_with_the_same_global_batch(
     assert one.wait() == 0, one.stdout and one.stdout.read()
     left, right = summary_of(tmp_path / "one"), summary_of(tmp_path / "two")
     for ours, theirs in zip(left.pop("per_pass"), right.pop("per_pass"), strict=True):
-        assert (ours.pop("threshold") or 0.0) == pytest.approx(theirs.pop("threshold") or 0.0, rel=1e-5)
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        unknown = {name for name, value in ours.items() if value is None}  # to which approx() is no help
+        assert unknown == {name for name, value in theirs.items() if value is None}
+        assert {name: ours[name] for name in ours.keys() - unknown} == pytest.approx(
+            {name: theirs[name] for name in theirs.keys() - unknown}, rel=1e-5
+        )
     assert left == right
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text())["held_out_loss"] for name in ("one", "two")]
     assert metrics[0] == pytest.approx(metrics[1], rel=1e-5)

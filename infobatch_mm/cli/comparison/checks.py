@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,10 +10,13 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..config import merged
-from ..subcommands import command
-from .configs import hook_index, missing_data, untwinned
-from .controls import schedule_of, shortened
+from .building import check_built
+from .configs import hook_index, missing_data, optimiser_settings, untwinned
+from .controls import schedule_of
+from .pruned_arms import pruned_arms, write_config
 from .request import Request
+from .settings import differing
+from .shortening import shortened
 
 
 def check(parser: argparse.ArgumentParser, request: Request) -> Config:
@@ -27,50 +29,72 @@ def check(parser: argparse.ArgumentParser, request: Request) -> Config:
     Returns:
         Config: The unpruned config with its overrides.
     """
-    for config in (request.unpruned, request.pruned):
+    for config in (request.unpruned, *request.pruned):
         if not config.is_file():
             parser.error(f"there is no config {config}")
+    if len(set(request.seeds)) < len(request.seeds):
+        parser.error(f"--seeds {' '.join(map(str, request.seeds))}: each seed is one run, give it once")
     cfg = merged(request.unpruned, request.cfg_options)
-    pruned = merged(request.pruned, request.cfg_options)
-    _check_pair(parser, request, cfg, pruned)
-    if request.then is not None:
-        _check_fine_tuning(parser, request, request.then, cfg)
-    else:
-        for config, each in ((request.unpruned, cfg), (request.pruned, pruned)):
-            if not each.get("val_evaluator"):
-                parser.error(f"{config} has no val_evaluator: there would be nothing to compare by")
-    if differing := untwinned(cfg, pruned):
-        print(
-            f"{request.pruned} is no twin of {request.unpruned}: they differ in {', '.join(differing)} beside the "
-            "hook, and so will their results",
-            file=sys.stderr,
-        )
-    if request.shortened:
-        try:
-            shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
-        except ValueError as error:
-            parser.error(f"--shortened: {error}")
-    check_built(parser, {request.unpruned: request.cfg_options, request.pruned: request.cfg_options})
-    if request.then is not None:
-        check_built(parser, {request.then: request.then_options})
-    return cfg
-
-
-def _check_pair(parser: argparse.ArgumentParser, request: Request, cfg: Config, pruned: Config) -> None:
-    """Refuse two configs that are no pair, or whose data are not there."""
-    if hook_index(pruned) is None:
-        parser.error(
-            f"{request.pruned} has no InfoBatchHook among its custom_hooks: give the unpruned config first, then the "
-            "one with the hook"
-        )
-    if pruned.train_dataloader.dataset != cfg.train_dataloader.dataset:
-        parser.error(
-            f"{request.pruned} trains on other data than {request.unpruned}: give a config and its pruned twin"
-        )
+    configs = {request.unpruned: cfg}
+    for path in request.pruned:
+        configs[path] = merged(path, request.cfg_options)
+        _check_pair(parser, request, path, cfg, configs[path])
     if missing := missing_data(cfg):
         parser.error(
             f"the data set {missing} is not there: draw it (make demo-data, make demo-shapes), or say where it is "
             "with data_root="
+        )
+    if request.policies and hook_index(cfg) is not None:
+        parser.error(f"--policies: {request.unpruned} has an InfoBatchHook already: give the unpruned config")
+    if request.then is not None:
+        _check_fine_tuning(parser, request, request.then, cfg)
+    else:
+        for config, each in configs.items():
+            if not each.get("val_evaluator"):
+                parser.error(f"{config} has no val_evaluator: there would be nothing to compare by")
+    if "shortened" in request.controls:
+        try:
+            shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
+        except ValueError as error:
+            parser.error(f"the control 'shortened': {error}")
+    _check_that_all_can_be_built(parser, request)
+    return cfg
+
+
+def _check_that_all_can_be_built(parser: argparse.ArgumentParser, request: Request) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            arms = pruned_arms(request, Path(folder))
+        except ValueError as error:
+            parser.error(str(error))
+        for arm in arms:
+            write_config(request.unpruned, arm)
+        wanted = {request.unpruned: request.cfg_options}
+        check_built(parser, {**wanted, **{arm.config: request.cfg_options for arm in arms}})
+    if request.then is not None:
+        check_built(parser, {request.then: request.then_options})
+
+
+def _check_pair(parser: argparse.ArgumentParser, request: Request, path: Path, cfg: Config, pruned: Config) -> None:
+    """Refuse two configs that are no pair; warn where they differ in what a user may have meant."""
+    if hook_index(pruned) is None:
+        parser.error(
+            f"{path} has no InfoBatchHook among its custom_hooks: give the unpruned config first, then the one with "
+            "the hook"
+        )
+    if pruned.train_dataloader.dataset != cfg.train_dataloader.dataset:
+        parser.error(f"{path} trains on other data than {request.unpruned}: give a config and its pruned twin")
+    names = (f"in {request.unpruned.name}", f"in {path.name}")
+    if differ := differing(optimiser_settings(cfg), optimiser_settings(pruned), names):
+        parser.error(
+            f"{path} has other optimiser settings than {request.unpruned} ({differ}): the comparison would be of "
+            "these, and not of the pruning; make them equal"
+        )
+    if others := untwinned(cfg, pruned):
+        print(
+            f"{path} is no twin of {request.unpruned}: they differ in {', '.join(others)} beside the hook, and so will "
+            "their results",
+            file=sys.stderr,
         )
 
 
@@ -94,28 +118,3 @@ def _check_fine_tuning(parser: argparse.ArgumentParser, request: Request, then: 
         parser.error(f"--then: {then} has no val_evaluator: there would be nothing to compare by")
     if missing := missing_data(cfg):
         parser.error(f"--then: the data set {missing} of {then} is not there: draw it, or say where it is")
-
-
-def check_built(parser: argparse.ArgumentParser, configs: dict[Path, list[str]]) -> None:
-    """Refuse a config that cannot be built: a typo in the second must not wait until the first is trained.
-
-    Args:
-        parser (ArgumentParser): Tells the user, and ends the process.
-        configs (dict[Path, list[str]]): Overrides of each config. Each is built in a process of its own, at once.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        processes = {}
-        for number, (config, options) in enumerate(configs.items()):
-            arguments = [str(config), "--work-dir", f"{folder}/{number}"]
-            arguments += ["--cfg-options", *options] if options else []
-            processes[config] = subprocess.Popen(
-                [*command("infobatch_mm.cli.preflight"), *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        outputs = {config: process.communicate()[0] for config, process in processes.items()}
-    for config, process in processes.items():
-        if process.returncode:
-            print("".join(outputs[config].splitlines(keepends=True)[-25:]), file=sys.stderr)
-            parser.error(f"{config} cannot be trained, for the reason above; nothing was trained")

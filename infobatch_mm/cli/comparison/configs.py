@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 #: Where a pruned config may differ from its twin: the hook, and what says nothing of the training.
 _FREE = {"custom_imports", "custom_hooks", "work_dir", "launcher", "resume", "load_from"}
 
+# What would be compared in place of the pruning, where two arms differ in it.
+_OPTIMISER = ("optim_wrapper", "param_scheduler", "auto_scale_lr")
+
 
 def is_by_epoch(cfg: Config) -> bool:
     """Whether a config trains by epochs, not by iterations."""
@@ -51,3 +54,10 @@ def untwinned(cfg: Config, pruned: Config) -> list[str]:
         each["train_dataloader"] = {**each.get("train_dataloader", {}), "sampler": None}
         each["train_cfg"] = {**each.get("train_cfg", {}), "type": None, "by_epoch": None}
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
+def optimiser_settings(cfg: Config) -> dict[str, Any]:
+    """Settings of a config by which each step changes the model: optimiser, schedules, batch size."""
+    plain = cfg.to_dict()
+    found = {key: plain[key] for key in _OPTIMISER if plain.get(key)}
+    return {**found, "train_dataloader": {"batch_size": cfg.train_dataloader.get("batch_size")}}

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...core import EpochSchedule, IterSchedule, Schedule
+from ...core import EpochSchedule, IterSchedule, PruningPolicy, Schedule, build_policy
 from ...policies import InfoBatchPolicy
 from .configs import hook_index, is_by_epoch
 
 if TYPE_CHECKING:
     from mmengine.config import Config
-
-# Settings of schedulers that are points in time, and those that are spans of it.
-_POINTS, _SPANS = ("begin", "end", "milestones"), ("T_max", "total_steps", "step_size")
-_WARM_UPS = ("Linear", "Constant", "Warmup")
 
 
 def schedule_of(cfg: Config, num_samples: int) -> Schedule:
@@ -34,97 +28,20 @@ def schedule_of(cfg: Config, num_samples: int) -> Schedule:
     return EpochSchedule(num_samples, cfg.train_cfg.max_epochs, batch_size, batches)
 
 
-def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
-    """Options that end the unpruned run after about as many visits, its learning-rate schedule shortened to them.
-
-    A warm-up keeps its length; what comes after it is brought to the new end in proportion. A setting that a
-    config leaves to the host, such as ``end``, follows by itself.
+def policy_of(cfg: Config, **changes: Any) -> PruningPolicy:
+    """The policy of a pruned config.
 
     Args:
-        cfg (Config): The unpruned config.
-        schedule (Schedule): Its :func:`schedule_of`.
-        visits (int): Visits of the pruned run.
-
-    Returns:
-        list[str]: For ``--cfg-options``.
+        cfg (Config): It has the hook.
+        changes: Arguments of the policy in place of its own.
 
     Raises:
-        ValueError: If the config has schedulers for each of several optimisers.
+        ValueError: If the policy takes no such argument, or not this value.
     """
-    by_epoch = schedule.loop == "epochs"
-    if by_epoch:
-        old, new = schedule.num_passes, max(1, round(visits / schedule.full_visits(0)))
-    else:
-        old, new = schedule.total_steps, max(1, visits // schedule.batch_size)
-    schedulers = list(_schedulers(cfg))
-    # Schedulers that count iterations in a loop of epochs have more of them.
-    units = [schedule.full_batches(0) if by_epoch and not s.get("by_epoch", True) else 1 for _, s in schedulers]
-    warm_up = 0.0
-    for (_, scheduler), unit in zip(schedulers, units, strict=True):
-        end = scheduler.get("end", math.inf) / unit
-        if end < new and any(part in str(scheduler.type) for part in _WARM_UPS):
-            warm_up = max(warm_up, end)
-
-    options = [f"train_cfg.{'max_epochs' if by_epoch else 'max_iters'}={new}"]
-    for (name, scheduler), unit in zip(schedulers, units, strict=True):
-        changed = _changed(scheduler, _Shortening(old, new, warm_up, unit))
-        options += [f"{name}.{key}={value}".replace(" ", "") for key, value in changed.items()]
-    return options
-
-
-@dataclass(frozen=True)
-class _Shortening:
-    """Where the points in time of a scheduler come to lie.
-
-    Attributes:
-        old (int): End of the run before, in units of its loop: epochs, or iterations.
-        new (int): Its end now.
-        warm_up (float): Up to where nothing moves, in the same units.
-        unit (int): Units of the scheduler in one of the loop.
-    """
-
-    old: int
-    new: int
-    warm_up: float
-    unit: int
-
-    def moved(self, point: float) -> int:
-        """A point in time, in units of the scheduler."""
-        time = point / self.unit
-        if time > self.warm_up:
-            time = self.warm_up + (time - self.warm_up) * (self.new - self.warm_up) / (self.old - self.warm_up)
-        return round(self.unit * time)
-
-
-def _changed(scheduler: Any, shortening: _Shortening) -> dict[str, Any]:
-    """The settings of a scheduler that are others in the shortened run."""
-    changed: dict[str, Any] = {}
-    begin = scheduler.get("begin", 0)
-    for key in (*_POINTS, *_SPANS):
-        before = scheduler.get(key)
-        if before is None:
-            continue
-        after: Any
-        if isinstance(before, (list, tuple)):
-            after = [shortening.moved(point) for point in before]
-        elif key in _SPANS:
-            after = max(1, shortening.moved(begin + before) - shortening.moved(begin))
-        else:
-            after = shortening.moved(before)
-        if after != before:
-            changed[key] = after
-    return changed
-
-
-def _schedulers(cfg: Config) -> Iterator[tuple[str, Any]]:
-    """The parameter schedulers of a config and where they stand in it."""
-    schedulers = cfg.get("param_scheduler") or []
-    if isinstance(schedulers, dict):
-        if "type" not in schedulers:
-            raise ValueError("the config has schedulers for each of several optimisers: they cannot be shortened")
-        yield "param_scheduler", schedulers
-    else:
-        yield from ((f"param_scheduler.{i}", scheduler) for i, scheduler in enumerate(schedulers))
+    hook = _hook(cfg)
+    policy = hook.get("policy") or "infobatch"
+    policy = {"type": policy} if isinstance(policy, str) else dict(policy)
+    return build_policy({**policy, **changes}, hook.get("prune_ratio"), hook.get("delta"))
 
 
 def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[str]:
@@ -138,9 +55,65 @@ def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[
     Returns:
         list[str]: For ``--cfg-options``.
     """
-    ratio = random_ratio(schedule, summary)
-    hook = f"custom_hooks.{hook_index(cfg)}"
-    return [f"{hook}.policy=random", f"{hook}.prune_ratio={ratio:.6f}"]
+    delta = delta_of(summary)
+    options: dict[str, Any] = {"policy": "random", "prune_ratio": f"{random_ratio(schedule, summary):.6f}"}
+    if _hook(cfg).get("delta") != delta:
+        options["delta"] = delta
+    return _set(cfg, options, unset=("score", "score_ema"))
+
+
+def smaller(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[str]:
+    """Options that make as many steps as the unpruned run, on smaller batches drawn uniformly, at equal visits.
+
+    Args:
+        cfg (Config): The pruned config.
+        schedule (Schedule): Its :func:`schedule_of`.
+        summary (dict): ``infobatch_summary.json`` of the pruned run.
+
+    Returns:
+        list[str]: For ``--cfg-options``.
+
+    Raises:
+        ValueError: If batches cannot be made that small.
+    """
+    if schedule.batch_size < 2:
+        raise ValueError(f"batches of {schedule.batch_size} cannot be made smaller")
+    policy = {"type": "random", "keep": "steps", "delta": 1.0, **how_much(summary), **lr_rule_of(summary)}
+    num_samples = schedule.num_samples
+    share = max(schedule.batch_size, schedule.full_batches(0)) / num_samples  # a sample for each step at least
+    build_policy(policy).check_length(min(1.0, num_samples / schedule.total_samples), share)
+    options = {f"policy.{key}": value for key, value in policy.items()}
+    if "policy" in _hook(cfg):
+        options = {"policy._delete_": True, **options}
+    return _set(cfg, options, unset=("prune_ratio", "delta", "score", "score_ema"))
+
+
+def unweighted(cfg: Config) -> list[str]:
+    """Options that give every visit of the pruned run a weight of one.
+
+    Args:
+        cfg (Config): The pruned config.
+
+    Returns:
+        list[str]: For ``--cfg-options``.
+
+    Raises:
+        ValueError: If its policy gives no weights, or cannot be told to leave them out.
+    """
+    own = policy_of(cfg)
+    if own.rescale == "none":
+        raise ValueError(f"{own.name} has no weights here (rescale='none')")
+    try:
+        policy_of(cfg, rescale="none")
+    except ValueError:
+        raise ValueError(f"{own.name} takes no rescale='none'") from None
+    policy = _hook(cfg).get("policy")
+    options: dict[str, Any] = {"policy.rescale": "none"}
+    if not isinstance(policy, dict):
+        options |= {"policy.type": policy or "infobatch"}
+        if "policy" in _hook(cfg):
+            options = {"policy._delete_": True, **options}
+    return _set(cfg, options)
 
 
 def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
@@ -153,7 +126,35 @@ def random_ratio(schedule: Schedule, summary: dict[str, Any]) -> float:
     Returns:
         float: In [0, 1).
     """
-    policy = InfoBatchPolicy(delta=summary["delta"])
+    policy = InfoBatchPolicy(delta=delta_of(summary))
     passes = [p for p in range(schedule.num_passes) if policy.is_active(schedule.progress(p))]
     prunable = sum(schedule.full_visits(p) for p in passes)
-    return (summary["visits_full"] - summary["visits"]) / prunable if prunable else 0.0
+    return max(0.0, summary["visits_full"] - summary["visits"]) / prunable if prunable else 0.0
+
+
+def delta_of(summary: dict[str, Any]) -> float:
+    """Share of the training that a pruned run pruned; policies without an annealing prune to the end."""
+    return 1.0 if summary["delta"] is None else summary["delta"]
+
+
+def how_much(summary: dict[str, Any]) -> dict[str, float]:
+    """Argument of a policy that saves what a pruned run saved."""
+    saving = round(1 - summary["visits"] / summary["visits_full"], 6)
+    return {"target_saving": saving} if saving > 0 else {"prune_ratio": 0.0}
+
+
+def lr_rule_of(summary: dict[str, Any]) -> dict[str, str]:
+    """Argument of a policy that treats the learning rate of smaller batches as a pruned run did."""
+    return {"lr_rule": summary["lr_rule"]} if "lr_rule" in summary else {}
+
+
+def _hook(cfg: Config) -> Any:
+    index = hook_index(cfg)
+    assert index is not None
+    return cfg.custom_hooks[index]
+
+
+def _set(cfg: Config, options: dict[str, Any], unset: tuple[str, ...] = ()) -> list[str]:
+    """Overrides of the hook's settings; what is to be unset gets None where the hook has it."""
+    options = {**options, **{key: None for key in unset if _hook(cfg).get(key) is not None}}
+    return [f"custom_hooks.{hook_index(cfg)}.{key}={value}" for key, value in options.items()]
