@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import os
 import shlex
 import sys
@@ -28,114 +27,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from normalisation_remedies import Draw, batch_norms, deal, freeze, recalibrate
+from normalisation_arms import ARMS, Arm, batches, chances, rate
+from normalisation_remedies import Draw, batch_norms, freeze, recalibrate
 from normalisation_tasks import ACTIVATIONS, Task, build, load_task
 from torch import Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to train, and what it is expected to do."""
-
-    why: str
-    policy: str = "variance"
-    norm: str = "none"
-    balanced: bool = False
-    pi_min: float = 0.1
-    bound: float = 4.0
-    rescale: str = "unbiased"
-    frozen: str = ""
-    uniform_last: int = 0
-    momentum: float = 0.1
-
-
-ARMS = {
-    "full": Arm("BatchNorm, all visits: what there is to lose", policy="full"),
-    "shortened": Arm("BatchNorm, full data, equal visits: what pruning has to beat", policy="shortened"),
-    "none": Arm("BatchNorm as it is: biased batches, biased statistics, so worse than shortened"),
-    "weighted": Arm("batch statistics weighted, weights up to 4: less bias, more noise", norm="weighted"),
-    "weighted-10": Arm("the same, weights as they are: no bias, most noise", norm="weighted", bound=10.0),
-    "renorm": Arm("weighted running averages, normalised by them: no bias, and noise averaged away", norm="renorm"),
-    "frozen": Arm("recalibrated, then frozen at half of training: no bias from there, if they age well", frozen="half"),
-    "refrozen": Arm("recalibrated and frozen at each pruned pass: no bias, young statistics", frozen="pass"),
-    "balanced": Arm("every batch has its share of each weight: less noise, the bias stays", balanced=True),
-    "balanced-weighted": Arm("both: weighted statistics whose noise is dealt away", norm="weighted", balanced=True),
-    "balanced-weighted-10": Arm("the same, unbounded", norm="weighted", balanced=True, bound=10.0),
-    "balanced-renorm": Arm("both: running averages of even batches", norm="renorm", balanced=True),
-    "renorm-slow": Arm("the same over a longer window: less noise, older statistics", norm="renorm", momentum=0.03),
-    "renorm-weighted": Arm(
-        "all three, slow: gradients through weighted statistics", norm="renorm-weighted", balanced=True, momentum=0.03
-    ),
-    "mild": Arm("chances of 0.25 at least: batches less biased, less gain to be had", pi_min=0.25),
-    "mild-balanced-weighted": Arm(
-        "all three: no bias, weights of 4 at most, their noise dealt away",
-        norm="weighted",
-        balanced=True,
-        pi_min=0.25,
-        bound=10.0,
-    ),
-    "mild-renorm": Arm("both: smaller shifts for renorm to bridge", norm="renorm", pi_min=0.25),
-    "uniform-last": Arm("equal chances in the last pass, as many visits: its statistics are unbiased", uniform_last=1),
-    "uniform-last-2": Arm("the same in the last two: more time to settle, less gain", uniform_last=2),
-    "weighted-uniform-last": Arm("both: weighted first, unbiased at the end", norm="weighted", uniform_last=1),
-    "mild-uniform-last": Arm("both: batches less biased, unbiased at the end", pi_min=0.25, uniform_last=1),
-    "group-full": Arm("GroupNorm, all visits", policy="full", norm="group"),
-    "group-shortened": Arm("GroupNorm, equal visits", policy="shortened", norm="group"),
-    "group": Arm("GroupNorm: the loss separates over samples, so pruning pays", norm="group"),
-}
-# Weights divided by their mean over the plan: one with 1 / chance under Adam, another learning rate under SGD.
-ARMS |= {
-    f"{name}-step": dataclasses.replace(ARMS[name], rescale="step", why=f"{name}, the host's step size kept")
-    for name in ("none", "renorm", "balanced-weighted-10", "mild-balanced-weighted", "mild", "group")
-}
-
-
-def chances(scores: np.ndarray, total: int, pi_min: float) -> np.ndarray:
-    """Clip ``c * scores`` to ``[pi_min, 1]``, c such that the chances sum to ``total``."""
-    low, high = 0.0, 1.0 / max(float(scores[scores > 0].min()), 1e-12)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(middle * scores, pi_min, 1).sum() < total else (low, middle)
-    return np.clip(high * scores, pi_min, 1)
-
-
-def systematic(pi: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw exactly ``total`` indices, index i with chance ``pi[i]``, over a random order."""
-    order = rng.permutation(len(pi))
-    reach = np.cumsum(pi[order])
-    ticks = np.floor(reach * (total / reach[-1]) + rng.random())
-    return order[np.diff(ticks, prepend=0.0) > 0][:total]
-
-
-def batches(
-    arm: Arm, n: int, scores: np.ndarray, args: argparse.Namespace, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray, float, float, bool]]:
-    """Yield indices, weights, their mean over the plan, progress in [0, 1), and whether a pruned pass begins."""
-    size, full = args.batch_size, n // args.batch_size
-    steps = full * args.passes
-    equal = round((1 - args.saving) * steps)
-    if arm.policy != "variance":
-        steps = steps if arm.policy == "full" else equal
-        for step in range(steps):
-            if step % full == 0:
-                order = rng.permutation(n)
-            yield order[step % full * size :][:size], np.ones(size), 1.0, step / steps, False
-        return
-    cuts = np.diff(np.linspace(0, equal - full, args.passes).round()).astype(int)
-    for pass_index, kept in enumerate([full, *cuts]):
-        if pass_index == 0:
-            picked, weights = rng.permutation(n)[: kept * size], np.ones(kept * size)
-        else:
-            equal_chances = pass_index >= args.passes - arm.uniform_last
-            pi = chances(np.ones(n) if equal_chances else scores, kept * size, arm.pi_min)
-            picked = rng.permutation(systematic(pi, kept * size, rng))
-            if arm.balanced:
-                picked = picked[deal(1 / pi[picked], size, rng)]
-            weights = 1 / pi[picked]
-        for b in range(kept):
-            part = slice(b * size, (b + 1) * size)
-            progress = (pass_index + b / kept) / args.passes
-            yield picked[part], weights[part], float(weights.mean()), progress, pass_index > 0 and b == 0
 
 
 @torch.no_grad()
@@ -161,8 +56,21 @@ def _points(x: Tensor) -> Tensor:
     return x.reshape(*x.shape[:2], -1)
 
 
-def train(task: Task, arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, object]:
-    """Train one arm and test it."""
+def train(
+    task: Task, arm: Arm, seed: int, args: argparse.Namespace, first_only: bool = False
+) -> tuple[dict[str, object], np.ndarray]:
+    """Train one arm and test it.
+
+    Args:
+        task (Task): Data.
+        arm (Arm): How to train.
+        seed (int): Of the network and all draws.
+        args (Namespace): Of the command line.
+        first_only (bool): Whether to stop, untested, after the first pass. Defaults to False.
+
+    Returns:
+        tuple: What is written down, and the score of every sample, shape ``(N,)``.
+    """
     torch.manual_seed(seed)
     draws, views, extra = (np.random.default_rng([seed, stream]) for stream in range(3))
     draw = Draw()
@@ -174,7 +82,10 @@ def train(task: Task, arm: Arm, seed: int, args: argparse.Namespace) -> dict[str
     for layer in batch_norms(model):
         layer.momentum = arm.momentum
     n = len(task.train_x)
-    scores, visits, forward_only, frozen = np.zeros(n), 0, 0, False
+    visits, forward_only, frozen = 0, 0, False
+    scores = np.zeros(n)
+    if arm.first == "predicted":
+        scores = train(task, dataclasses.replace(arm, first="full"), seed + 100, args, first_only=True)[1]
 
     def inputs(count: int, shares: np.ndarray | None = None) -> Iterator[Tensor]:
         for _ in range(count):
@@ -183,6 +94,8 @@ def train(task: Task, arm: Arm, seed: int, args: argparse.Namespace) -> dict[str
     model.train()
     start = time.perf_counter()
     for indices, weights, mean, progress, begins in batches(arm, n, scores, args, draws):
+        if first_only and begins:
+            return {}, scores
         if (arm.frozen == "pass" and begins) or (arm.frozen == "half" and progress >= 0.5 and not frozen):
             recalibrate(model, draw, inputs(args.recalibration))
             forward_only += args.recalibration * args.batch_size
@@ -193,9 +106,7 @@ def train(task: Task, arm: Arm, seed: int, args: argparse.Namespace) -> dict[str
         draw.weights, draw.mean_weight = (gamma if arm.policy == "variance" and mean > 1 else None), mean
         if arm.rescale == "step":
             gamma = gamma / mean
-        warm = min((progress + 1e-3) / 0.05, 1.0)
-        decay = 0.5 * (1 + math.cos(math.pi * max(progress - 0.05, 0) / 0.95))
-        optimizer.param_groups[0]["lr"] = args.lr * warm * decay
+        optimizer.param_groups[0]["lr"] = args.lr * rate(progress)
         features, logits = model(x)
         logits.retain_grad()
         losses = F.cross_entropy(logits, y, reduction="none").reshape(len(x), -1).mean(1)
@@ -224,7 +135,7 @@ def train(task: Task, arm: Arm, seed: int, args: argparse.Namespace) -> dict[str
             result[name] = {**test(model, task), **cost}
     if arm.policy == "variance":
         result["score_cv2"] = float(scores.var() / scores.mean() ** 2)
-    return result
+    return result, scores
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             words = [f"--{field.replace('_', '-')} {shlex.quote(str(value))}" for field, value in settings.items()]
             command = f"python benchmarks/normalisation.py {' '.join(words)} --arms {name} --seeds {seed}"
-            row = {**key, "command": command, **dataclasses.asdict(ARMS[name]), **train(task, ARMS[name], seed, args)}
+            result, _ = train(task, ARMS[name], seed, args)
+            row = {**key, "command": command, **dataclasses.asdict(ARMS[name]), **result}
             done = json.loads(args.json.read_text()) if args.json.exists() else []
             part = args.json.with_suffix(".part")
             part.write_text(json.dumps([*done, row], indent=1) + "\n")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from .chances import Chances, Thinning
 from .checks import is_number, plain, what_is_wrong
@@ -16,8 +13,6 @@ from .worth import worth
 
 #: Smallest chance of a visit where nothing else is said: no sample stands for more than ten.
 PI_MIN = 0.1
-# A worth is looked up on so many samples at most, evenly spread: it is a mean over the data set.
-_ENOUGH = 2**17
 
 
 class AnnealedPolicy(PruningPolicy):
@@ -72,8 +67,11 @@ class AnnealedPolicy(PruningPolicy):
             raise ValueError(f"{' and '.join(said)}: both say how much to prune; give one of them")
         if said and prune_ratio != 0.5:
             raise ValueError(f"prune_ratio={prune_ratio!r} and {said[0]}: both say how much to prune; give one of them")
-        if rescale not in (None, "unbiased", "step"):
-            raise ValueError(f"rescale={rescale!r}: use 'unbiased', weights of 1/pi, or 'step', divided by their mean")
+        if rescale not in (None, "unbiased", "step", "none"):
+            raise ValueError(
+                f"rescale={rescale!r}: use 'unbiased', weights of 1/pi, 'step', divided by their mean, or 'none', "
+                "weights of one, which is biased"
+            )
         check_keep(keep, lr_rule)
         self.prune_ratio = float(prune_ratio)
         self.delta = float(delta)
@@ -98,6 +96,10 @@ class AnnealedPolicy(PruningPolicy):
     def ratio_for(self, snapshot: Snapshot, saving: float) -> float:
         """The ratio by which a pass saves a share of its visits, in (0, 1); any number above the largest means that."""
         return saving
+
+    @property
+    def needs_norms(self) -> bool:
+        return self.min_worth is not None
 
     @property
     def largest_ratio(self) -> float:
@@ -171,20 +173,9 @@ class AnnealedPolicy(PruningPolicy):
 
     def _ratio_worth(self, snapshot: Snapshot, least: float) -> float:
         """The largest ratio whose pass is worth enough, by halving: worth falls where the ratio grows."""
-        every = slice(None, None, max(1, len(snapshot.seen) // _ENOUGH))
-        some = replace(
-            snapshot,
-            scores=snapshot.scores[every],
-            seen=snapshot.seen[every],
-            times_seen=snapshot.times_seen[every],
-            columns={key: each[every] for key, each in snapshot.columns.items()},
-        )
-        if not some.seen.any():
+        some = snapshot.some()
+        if (norms := some.norms()) is None:
             return 0.0
-        known = some.seen.numpy()
-        scores = some.scores.numpy()
-        # A sample that nobody has seen is as large as the others are in the mean.
-        norms = np.where(known, scores, float(scores[known].mean(dtype=np.float64)))
         low, high = 0.0, self.largest_ratio
         for _ in range(24):
             middle = (low + high) / 2

@@ -11,6 +11,7 @@ from .plan import Plan
 from .policy import PruningPolicy
 from .schedule import Schedule
 from .store import ScoreStore
+from .worth import FIGURES, Worth, evenly, filled_norms, pass_worth
 
 
 class Books:
@@ -36,8 +37,9 @@ class Books:
         forward_visits (int): Visits that only estimated running statistics, without a backward pass; none of the
             others.
         last_pruned (int): The last pass whose plan left samples out; -1 before there is one.
-        history (list[dict]): One entry per finished pass: ``pass, kept, skipped, kept_ratio, threshold, score_mean``;
-            ``kept`` counts visits that were weighed, ``skipped`` those that were only handed out.
+        history (list[dict]): One entry per finished pass: ``pass, kept, skipped, kept_ratio, threshold, score_mean``,
+            and of its :class:`.Worth` ``worth, cost, efficiency, limit``; ``kept`` counts visits that were weighed,
+            ``skipped`` visits that were only handed out.
     """
 
     def __init__(
@@ -130,7 +132,12 @@ class Books:
             "kept_ratio": self._kept_ratio(self.pass_index, kept),
             "threshold": None if self.plan is None else self.plan.threshold,
             "score_mean": self.score_mean,
+            **_figures(self._worth()),
         }
+
+    def _worth(self) -> Worth | None:
+        """What the pass in hand is worth, by the scores it was planned with."""
+        return None if self.plan is None else self.plan.worth
 
     def _kept_ratio(self, pass_index: int, kept: int) -> float:
         return kept / max(1, self.schedule.full_visits(pass_index))
@@ -146,6 +153,19 @@ class Books:
         if not self.store.seen.any():
             return None
         return float(np.mean(self.store.values.numpy(), where=self.store.seen.numpy(), dtype=np.float64))
+
+    @property
+    def full_worth(self) -> Worth | None:
+        """What a full pass is worth by the scores so far; None where they do not tell."""
+        every = evenly(len(self.store.seen))
+        norms = filled_norms(self.store.values[every].numpy(), self.store.seen[every].numpy(), self.store.rule.norms)
+        return None if norms is None else pass_worth(norms)
+
+    @property
+    def limit(self) -> float | None:
+        """Largest efficiency of any unbiased pruning by the scores so far; None where they do not tell."""
+        worth = self.full_worth
+        return None if worth is None else worth.limit
 
     @property
     def unscored(self) -> int:
@@ -186,6 +206,7 @@ class Books:
             "infobatch/saved_ratio": self.saved_ratio,
             "infobatch/threshold": entry["threshold"],
             "infobatch/score_mean": entry["score_mean"],
+            **{f"infobatch/{name}": entry.get(name) for name in FIGURES},
         }
         return {name: value for name, value in scalars.items() if value is not None}
 
@@ -216,3 +237,8 @@ class Books:
             **counts,
             "per_pass": [dict(entry) for entry in [*self.history, *([self._entry()] if is_over else [])]],
         }
+
+
+def _figures(worth: Worth | None) -> dict[str, float | None]:
+    """The figures of a worth by name; None where it is not known."""
+    return dict.fromkeys(FIGURES) if worth is None else worth.plain()

@@ -30,7 +30,30 @@ def pass_line(training: Training) -> str:
         f"InfoBatch pass {entry['pass'] + 1} of {training.schedule.num_passes} done: kept {entry['kept_ratio']:.1%}, "
         f"saved so far {training.saved_ratio:.1%}"
     )
-    return "; ".join([line, *_unusable(entry, training)])
+    return "; ".join([line + _worth(entry), *_unusable(entry, training)])
+
+
+def _worth(entry: dict[str, Any]) -> str:
+    """What the pass was worth by the scores it was planned with; '' where they did not tell."""
+    if entry.get("limit") is None:
+        return ""
+    if entry["worth"] is None or entry["cost"] == 1:
+        return f", limit {entry['limit']:.2f}"
+    efficiency = f"efficiency {entry['efficiency']:.2f}, limit {entry['limit']:.2f}"
+    return f", worth {entry['worth']:.1%} of a full pass ({efficiency})"
+
+
+def remark_line(training: Training, before: str | None) -> str | None:
+    """What the policy has to say before the next pass; None where that is nothing, or was said before.
+
+    Args:
+        training (Training): Has booked a pass.
+        before (str, optional): What was said last.
+    """
+    if training.finished or not training.is_active:
+        return None
+    remark = training.policy.remark(training.limit)
+    return None if remark is None or (line := f"InfoBatch: {remark}") == before else line
 
 
 def _unusable(entry: dict[str, Any], training: Training) -> list[str]:

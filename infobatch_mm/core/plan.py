@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .worth import Worth
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -25,6 +27,8 @@ class Plan:
         scale (float): What all weights were multiplied by; see :meth:`with_mean_weight_one`. Defaults to 1.
         batch_size (int, optional): Visits of this pass in a batch, over all processes, where they are fewer than usual.
             Defaults to None: as many as the schedule says.
+        worth (Worth, optional): What it costs and is worth by the scores it was drawn from. Defaults to None: they do
+            not tell.
     """
 
     indices: Tensor
@@ -34,6 +38,7 @@ class Plan:
     blanks: tuple[int, int] = (0, 0)
     scale: float = 1.0
     batch_size: int | None = None
+    worth: Worth | None = None
 
     def __len__(self) -> int:
         return self.indices.numel()
@@ -84,6 +89,10 @@ class Plan:
             return self
         scale = len(self) / float(self.weights.sum(dtype=torch.float64))
         return replace(self, weights=(self.weights * scale).to(torch.float32), scale=self.scale * scale)
+
+    def unweighted(self) -> Plan:
+        """The same plan with weights of one, which is biased."""
+        return replace(self, weights=torch.ones_like(self.weights), scale=1.0)
 
     def sorted(self) -> Plan:
         """The same visits in the order of the data set."""

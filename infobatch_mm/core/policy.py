@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .chances import Chances, Thinning
 from .checks import plain
 from .plan import Plan
+from .worth import as_norms, evenly, filled_norms, pass_worth
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Snapshot:
         saved (float): Visits that were saved so far, as a share of the whole unpruned training's. Defaults to 0.
         columns (Mapping): What else the score keeps of each sample, by name, shape ``(N,)`` each; see
             :attr:`.ScoreRule.columns`. Defaults to none.
+        norms_of (Callable): From scores to the norms of gradients that they stand for; see :meth:`.ScoreRule.norms`.
+            Defaults to the scores themselves.
     """
 
     scores: Tensor
@@ -39,6 +43,27 @@ class Snapshot:
     pass_share: float = 1.0
     saved: float = 0.0
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    norms_of: Callable[[np.ndarray], np.ndarray | None] = as_norms
+
+    def norms(self) -> np.ndarray | None:
+        """Root mean square norm of each sample's gradient, as far as scores tell.
+
+        Returns:
+            ndarray: Shape ``(N,)``, float; of samples without a score the mean of the others. None where scores say
+            nothing of norms, or there is none.
+        """
+        return filled_norms(self.scores.numpy(), self.seen.numpy(), self.norms_of)
+
+    def some(self) -> Snapshot:
+        """The same of enough samples for a mean, evenly spread."""
+        every = evenly(len(self.seen))
+        return replace(
+            self,
+            scores=self.scores[every],
+            seen=self.seen[every],
+            times_seen=self.times_seen[every],
+            columns={key: each[every] for key, each in self.columns.items()},
+        )
 
 
 class PruningPolicy(ABC):
@@ -57,12 +82,18 @@ class PruningPolicy(ABC):
     unbiased: ClassVar[bool] = True
     #: Name of the score that it goes by where the user names none; None for the last loss.
     score: ClassVar[str | None] = None
-    #: ``'unbiased'`` for weights of 1/pi, ``'step'`` for the same divided by their mean over the plan.
+    #: ``'unbiased'`` for weights of 1/pi, ``'step'`` for the same divided by their mean over the plan, ``'none'`` for
+    #: weights of one.
     rescale: str = "unbiased"
     #: ``'batch'`` where a pruned pass makes fewer steps, ``'steps'`` where it makes as many on smaller batches.
     keep: str = "batch"
     #: By which power of their size the learning rates of smaller batches are multiplied; see :data:`.LR_RULES`.
     lr_rule: str = "none"
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether it asks what passes are worth, for which scores have to tell norms of gradients."""
+        return False
 
     @abstractmethod
     def is_active(self, progress: float) -> bool:
@@ -94,7 +125,9 @@ class PruningPolicy(ABC):
         if type(self).draw is not PruningPolicy.draw:
             return self.draw(snapshot.scores, snapshot.seen, generator, multiple_of)
         plan = self._drawn(snapshot, generator, multiple_of)
-        return plan.with_mean_weight_one() if plan is not None and self.rescale == "step" else plan
+        if plan is not None and self.rescale == "step":
+            return plan.with_mean_weight_one()
+        return plan.unweighted() if plan is not None and self.rescale == "none" else plan
 
     def _drawn(self, snapshot: Snapshot, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """A plan with the chances of :meth:`chances`, which are checked."""
@@ -107,7 +140,11 @@ class PruningPolicy(ABC):
             fault = found.fault(len(snapshot.seen))
         if fault is not None:
             raise ValueError(f"policy {self.name!r} ({type(self).__qualname__}) gave chances that cannot be: {fault}")
-        return found.drawn(generator, multiple_of)
+        plan = found.drawn(generator, multiple_of)
+        if plan is None or (norms := snapshot.norms()) is None:
+            return plan
+        weighted = self.rescale != "none" and getattr(found, "weighted", True)
+        return replace(plan, worth=pass_worth(norms, found.by_sample(), weighted))
 
     def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """Draw the plan of one pass.
@@ -123,6 +160,15 @@ class PruningPolicy(ABC):
             Plan | None: The plan in random order, or None where nothing can be pruned: the pass is then a full one.
         """
         return self._drawn(Snapshot(scores, seen, seen.to(torch.int32), progress=0.0), generator, multiple_of)
+
+    def remark(self, limit: float | None) -> str | None:
+        """What is to be said before a pass, once where it stays the same.
+
+        Args:
+            limit (float, optional): Largest efficiency of any unbiased pruning by the scores so far; None where they do
+                not tell.
+        """
+        return None
 
     def settings(self) -> dict[str, Any]:
         """What identifies the policy in checkpoints and summaries: its name and arguments, as plain values.

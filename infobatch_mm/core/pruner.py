@@ -44,7 +44,7 @@ class Pruner(Training):
                 plan = self.policy.plan(self._snapshot(known), generator, self._multiple)
                 check_drawn(plan, self.policy, self.schedule.num_samples, self._multiple)
             if plan is None:
-                plan = full_plan(self.schedule.num_samples, generator)
+                plan = replace(full_plan(self.schedule.num_samples, generator), worth=self.full_worth)
             elif self._keeps_steps and plan.pruned:
                 plan = replace(plan, batch_size=self._smaller_batch(len(plan)))
             # Cut first, sort then: what a pass leaves out is random also where its order is not.
@@ -70,6 +70,7 @@ class Pruner(Training):
             pass_share=min(1.0, schedule.num_samples / schedule.total_samples),
             saved=(self.visits_full - self.visits - self.visits_skipped) / whole,
             columns=self.store.rule.columns,
+            norms_of=self.store.rule.norms,
         )
 
     def weights(self, indices: Tensor) -> Tensor:

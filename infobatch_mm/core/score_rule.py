@@ -15,6 +15,7 @@ from torch import Tensor
 from .checks import is_number, what_is_wrong
 from .distributed import Group
 from .registry import claim
+from .worth import as_norms
 
 
 class Columns(Protocol):
@@ -70,6 +71,18 @@ class ScoreRule(ABC):
     def columns(self) -> Mapping[str, Tensor]:
         """What else it keeps of each sample, for policies that ask for it: by name, shape ``(N,)`` each."""
         return {}
+
+    def norms(self, scores: np.ndarray) -> np.ndarray | None:
+        """Norms of gradients that scores stand for, up to a factor, from which the worth of a pass is told.
+
+        Args:
+            scores (ndarray): Shape ``(n,)``, float32.
+
+        Returns:
+            ndarray: Shape ``(n,)``, none negative: by default the scores themselves, as losses follow norms roughly.
+            None where scores are something else.
+        """
+        return as_norms(scores)
 
     @abstractmethod
     def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import unusable
 from .plan import Plan
 from .score_rule import registered
+from .worth import Worth
 
 if TYPE_CHECKING:
     from .training import Training
@@ -240,6 +241,7 @@ def state_of(training: Training, plan: Plan | None) -> dict[str, Any]:
             "blanks": list(plan.blanks),
             **({} if plan.scale == 1.0 else {"scale": plan.scale}),
             **({} if plan.batch_size is None else {"batch_size": plan.batch_size}),
+            **({} if plan.worth is None else {"worth": asdict(plan.worth)}),
         },
         "history": [dict(entry) for entry in training.history],
     }
@@ -289,5 +291,9 @@ def _plan(plan: Any, num_samples: int) -> Plan:
     batch = plan.get("batch_size")
     if batch is not None and (type(batch) is not int or batch < 1 or not plan["pruned"] or len(indices) % batch):
         raise damaged("plan")
+    worth = plan.get("worth")
+    if worth is not None and (not isinstance(worth, Mapping) or set(worth) != {"cost", "worth", "limit"}):
+        raise damaged("plan")
     pruned, threshold, blanks = bool(plan["pruned"]), plan["threshold"], (int(blanks[0]), int(blanks[1]))
-    return Plan(indices.cpu(), weights.cpu(), pruned, threshold, blanks, scale, batch)
+    worth = None if worth is None else Worth(**worth)
+    return Plan(indices.cpu(), weights.cpu(), pruned, threshold, blanks, scale, batch, worth)

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from .books import Books
@@ -49,7 +50,7 @@ class Training(Books, ABC):
         fingerprint (str): As above, like ``shuffle`` and ``item_seed``.
 
     Raises:
-        ValueError: If the seed is negative, or the score unknown.
+        ValueError: If the seed is negative, the score unknown, or none that the policy can go by.
     """
 
     #: Whether the host's own sampler says what is visited, and when.
@@ -76,6 +77,11 @@ class Training(Books, ABC):
         self.fingerprint = fingerprint
         self.item_seed = item_seed
         check_names(self)
+        if policy.needs_norms and store.rule.norms(np.ones(1, np.float32)) is None:
+            raise ValueError(
+                f"policy {policy.name!r} goes by what passes are worth, which score={store.score!r} does not tell: it "
+                "is no norm of a gradient; use score='gradient' or the loss ('raw'), or say how much by prune_ratio"
+            )
         policy.check_length(
             min(1.0, schedule.num_samples / schedule.total_samples), schedule.batch_size / schedule.num_samples
         )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .training import Training
+from .worth import Worth
 
 
 class Watcher(Training):
@@ -31,6 +32,9 @@ class Watcher(Training):
             self.finish_pass()
             visited -= whole
         self.visited = visited
+
+    def _worth(self) -> Worth | None:
+        return self.full_worth
 
     def _visits_at(self, done: int, of: int) -> int:
         full = self.schedule.full_visits(self.pass_index)

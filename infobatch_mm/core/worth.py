@@ -2,7 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
+
+# Sums over the data set are of so many samples at most, evenly spread: they are means.
+_ENOUGH = 2**17
+
+#: What is told of a pass, by name.
+FIGURES = ("worth", "cost", "efficiency", "limit")
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a pass costs and is worth, each as a share of a full one.
+
+    Attributes:
+        cost (float): Share of the visits that is paid, in (0, 1].
+        worth (float, optional): Share of a full pass that its gradient noise equals, in (0, 1]; None where visits are
+            not weighted, and sums over them estimate something else.
+        limit (float): Largest efficiency of any unbiased pruning of these samples, at least 1.
+    """
+
+    cost: float
+    worth: float | None
+    limit: float
+
+    @property
+    def efficiency(self) -> float | None:
+        """Worth over cost: 1 where pruning is training shorter."""
+        return None if self.worth is None else self.worth / self.cost
+
+    def plain(self) -> dict[str, float | None]:
+        """The figures by name, for JSON."""
+        return {name: getattr(self, name) for name in FIGURES}
+
+
+def pass_worth(norms: np.ndarray, chances: np.ndarray | None = None, weighted: bool = True) -> Worth:
+    """What a pass is worth by the gradients of its samples.
+
+    Args:
+        norms (ndarray): Root mean square norm h of each sample's gradient, shape ``(N,)``, none negative.
+        chances (ndarray, optional): With which the pass visits each, shape ``(N,)``, in (0, 1]. Defaults to a full one.
+        weighted (bool): Whether visits weigh the inverse of their chance. Defaults to True.
+    """
+    every = evenly(len(norms))
+    if chances is None:
+        return Worth(1.0, 1.0, limit(norms[every]))
+    paid = cost(chances)
+    if not weighted:
+        return Worth(paid, None, limit(norms[every]))
+    # Of the same samples, so that equal chances are worth exactly what they cost.
+    some = chances[every]
+    return Worth(paid, worth(norms[every], some) * (paid / cost(some)), limit(norms[every]))
+
+
+def equal_length(worth: Worth, noise: float) -> float:
+    """Share of a full training, shortened, that is as good as one whose passes are worth this.
+
+    S steps on batches of B advance like ``S / (1 + B_noise / B)`` steps without noise at a learning rate that suits B
+    (McCandlish et al., 2018, eq. 2.11). A pruned batch is as noisy as a uniform one of e B samples, e the efficiency,
+    so C of the steps are ``C (1 + n) / (1 + n / e)`` of all, n = B_noise / B. Where noise limits (n large) that is the
+    worth; where it does not (n small) it is the cost, and pruning is training shorter whatever it draws.
+
+    Args:
+        worth (Worth): Of weighted passes.
+        noise (float): Noise scale over batch size, at least 0; infinite for where noise alone limits.
+
+    Returns:
+        float: In (0, 1].
+    """
+    assert worth.efficiency is not None
+    if np.isinf(noise):
+        return min(1.0, worth.cost * worth.efficiency)
+    return min(1.0, worth.cost * (1 + noise) / (1 + noise / worth.efficiency))
+
+
+def noise_scale(mean_square: float, square_of_mean: float) -> float:
+    """The noise scale ``tr(cov) / |mean|**2`` of gradients, in samples (McCandlish et al., 2018, eq. 2.9).
+
+    Args:
+        mean_square (float): Mean of the squared norms of single samples' gradients.
+        square_of_mean (float): Squared norm of their mean over the data, estimated without bias: it may be negative by
+            chance, which says that the sample is too small to see it.
+
+    Returns:
+        float: At least 0; infinite where the mean is not seen.
+    """
+    if square_of_mean <= 0:
+        return float("inf")
+    return max(0.0, mean_square - square_of_mean) / square_of_mean
+
+
+def as_norms(scores: np.ndarray) -> np.ndarray:
+    """Scores that are norms, or in proportion to them."""
+    return scores.clip(min=0.0)
+
+
+def filled_norms(
+    scores: np.ndarray, seen: np.ndarray, norms_of: Callable[[np.ndarray], np.ndarray | None]
+) -> np.ndarray | None:
+    """Norms of gradients from scores; a sample that nobody has seen is as large as the others are in the mean.
+
+    Args:
+        scores (ndarray): Shape ``(N,)``, float32.
+        seen (ndarray): Which samples have one, shape ``(N,)``, bool.
+        norms_of (Callable): See :meth:`.ScoreRule.norms`.
+
+    Returns:
+        ndarray: Shape ``(N,)``, float; None where scores say nothing of norms, or no sample has one.
+    """
+    norms = norms_of(scores) if seen.any() else None
+    return None if norms is None else np.where(seen, norms, norms.mean(where=seen, dtype=np.float64))
+
+
+def evenly(length: int) -> slice:
+    """Enough of so many samples for a mean, evenly spread."""
+    return slice(None, None, max(1, length // _ENOUGH))
 
 
 def cost(chances: np.ndarray) -> float:

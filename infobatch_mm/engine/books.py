@@ -32,6 +32,7 @@ class Books:
         self.time_before = 0.0
         self._started = time.perf_counter()
         self._has_said_nothing_pruned = self._has_said_unscored = False
+        self._remark: str | None = None
 
     def start_clock(self) -> None:
         """Begin to count the time of this life of the run."""
@@ -87,6 +88,9 @@ class Books:
             if unscored:
                 self._has_said_unscored = True
                 runner.logger.warning(unscored)
+        if remark := console.remark_line(training, self._remark):
+            self._remark = remark
+            runner.logger.info(remark)
         done = training.pass_index
         if done == 1 or training.finished or done % self._every(training) == 0:
             runner.logger.info(console.pass_line(training))

@@ -1,5 +1,6 @@
 """The policies: a file each, known by their names as soon as the package is imported."""
 
+from .auto import AutoPolicy
 from .class_budgets import ClassBudgetsPolicy
 from .epsilon_greedy import EpsilonGreedyPolicy
 from .ies import IesPolicy
@@ -17,6 +18,7 @@ from .ucb import UcbPolicy
 from .variance import VariancePolicy
 
 __all__ = [
+    "AutoPolicy",
     "ClassBudgetsPolicy",
     "EpsilonGreedyPolicy",
     "IesPolicy",

@@ -46,6 +46,9 @@ class ForgettingScore(BySampleScore):
             )
         self.learned_below = float(learned_below)
 
+    def norms(self, scores: np.ndarray) -> None:
+        return None
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "learned_below": self.learned_below}
 

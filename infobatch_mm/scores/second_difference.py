@@ -42,6 +42,9 @@ class SecondDifferenceScore(BySampleScore):
         meaning = "it is the number of second differences that the score is the mean of; use 3"
         self.differences = whole_number("differences", differences, 1, meaning)
 
+    def norms(self, scores: np.ndarray) -> None:
+        return None
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "differences": self.differences}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.distributed import Group
 from ..core.score_rule import Columns, ScoreRule, register_score
+from ..core.worth import as_norms
 from .ema import DEFAULT_EMA, average
 from .noise_levels import NoiseLevels, fits
 
@@ -50,6 +51,10 @@ class TimestepScore(ScoreRule):
 
     def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:
         average(columns, where, losses, self.score_ema)
+
+    def norms(self, scores: np.ndarray) -> np.ndarray:
+        # A denoising loss is the squared norm of its gradient at the output.
+        return np.sqrt(as_norms(scores))
 
     @property
     def unmerged(self) -> bool:

@@ -43,6 +43,9 @@ class UcbScore(BySampleScore):
         self.confidence = float(confidence)
         self.score_ema = float(score_ema)
 
+    def norms(self, scores: np.ndarray) -> None:
+        return None
+
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "confidence": self.confidence}
 

@@ -261,7 +261,8 @@ def test_summary_is_plain_json_with_the_keys_of_the_contract():
     keys = "policy prune_ratio delta num_samples passes_done passes_total visits visits_full saved_ratio seed"
     assert set(keys.split()) | {"per_pass"} <= set(summary)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
+    worth = {"worth", "cost", "efficiency", "limit"}
+    assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"} | worth
     assert (summary["policy"], summary["prune_ratio"], summary["delta"]) == ("infobatch", 0.5, 0.8)
 
 

@@ -20,6 +20,7 @@ N, BATCH = 60, 4
 
 #: Arguments that a policy needs, or without which it prunes nothing of what these tests make up.
 NEEDED: dict[str, dict[str, Any]] = {
+    "auto": dict(bar=1.0),
     "class_budgets": dict(classes=[place * place % 5 for place in range(N)]),
     "ies": dict(tolerance=0.5),
 }

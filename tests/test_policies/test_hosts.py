@@ -23,6 +23,7 @@ EPOCHS, BATCH = 9, 4
 def policy_of(name: str, num_samples: int) -> dict[str, Any]:
     """With what a run of so few passes takes to prune anything."""
     own: dict[str, dict[str, Any]] = {
+        "auto": dict(bar=1.0),
         "class_budgets": dict(classes=[place % 3 for place in range(num_samples)]),
         "ies": dict(tolerance=5.0, min_visits=2),
         "kakurenbo": dict(prune_ratio=0.9, tau=0.5),
