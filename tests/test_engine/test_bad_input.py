@@ -367,6 +367,10 @@ CASES: dict[str, Callable[[Case], Any]] = {
     "a ratio and a target": lambda case: case.hooked(policy=dict(type="variance", prune_ratio=0.3, target_saving=0.4)),
     "a target that the passes cannot meet": lambda case: case.hooked(policy=dict(type="variance", target_saving=0.8)),
     "`rescale='steps'`": lambda case: case.hooked(policy=dict(type="random", rescale="steps")),
+    "a bar below one": lambda case: case.hooked(policy=dict(type="auto", bar=0.9)),
+    "a policy that asks what a pass is worth, and a score that is no norm": lambda case: case.hooked(
+        policy="auto", score="forgetting"
+    ),
     "a chance below the smallest": lambda case: case.hooked(policy="variance", prune_ratio=0.95),
     "`keep='step'`": lambda case: case.hooked(policy=dict(type="variance", keep="step")),
     "a rule for learning rates without smaller batches": lambda case: case.hooked(

@@ -96,7 +96,8 @@ def test_scalars_reach_the_visualizer(scenes: Path, tmp_path: Path) -> None:
     )
     lines = [json.loads(line) for line in next(Path(runner.work_dir).rglob("scalars.json")).read_text().splitlines()]
     keys = {key for line in lines for key in line}
-    assert {"infobatch/kept_ratio", "infobatch/saved_ratio", "infobatch/threshold", "infobatch/score_mean"} <= keys
+    told = "kept_ratio saved_ratio threshold score_mean worth cost efficiency limit"
+    assert {f"infobatch/{name}" for name in told.split()} <= keys
 
 
 def test_autocast_on_the_cpu(scenes: Path, tmp_path: Path) -> None:

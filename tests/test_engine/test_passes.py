@@ -135,7 +135,8 @@ def test_summary_adds_up(by_iteration: tuple[Runner, Recorder]) -> None:
     assert summary["saved_ratio"] == pytest.approx(1 - visits / (ITERS * B))
     assert (summary["iterations"], summary["iterations_full"]) == (runner.iter, ITERS)
     assert summary["wall_time_s"] > 0
-    assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
+    worth = {"worth", "cost", "efficiency", "limit"}
+    assert set(summary["per_pass"][0]) == {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"} | worth
     saved = read_scores(runner.work_dir)
     assert saved["times_seen"].sum() == visits
     assert saved["name"].tolist() == [f"training/{i:05d}.jpg" for i in range(N)]

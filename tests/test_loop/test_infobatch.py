@@ -1070,7 +1070,7 @@ def test_summary_has_the_keys_of_the_contract_and_adds_up():
     assert (summary["visits"], summary["visits_full"]) == (sum(kept), 90)
     assert summary["saved_ratio"] == pytest.approx(1 - sum(kept) / 90)
     assert [entry["kept"] for entry in summary["per_pass"]] == kept
-    keys = {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean"}
+    keys = {"pass", "kept", "skipped", "kept_ratio", "threshold", "score_mean", "worth", "cost", "efficiency", "limit"}
     assert all(set(entry) == keys for entry in summary["per_pass"])
 
 

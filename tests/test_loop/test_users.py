@@ -142,8 +142,12 @@ def test_each_pass_and_the_end_are_said_once(capsys: pytest.CaptureFixture, capl
     lines = [each.getMessage() for each in caplog.records if each.name == "infobatch_mm"]
     summary = infobatch.summary()
     assert len(lines) == 5 and lines[0] == "InfoBatch pass 1 of 4 done: kept 100.0%, saved so far 0.0%"
-    kept, saved = summary["per_pass"][1]["kept_ratio"], 1 - (N + summary["per_pass"][1]["kept"]) / (2 * N)
-    assert lines[1] == f"InfoBatch pass 2 of 4 done: kept {kept:.1%}, saved so far {saved:.1%}"
+    second = summary["per_pass"][1]
+    kept, saved = second["kept_ratio"], 1 - (N + second["kept"]) / (2 * N)
+    assert lines[1] == (
+        f"InfoBatch pass 2 of 4 done: kept {kept:.1%}, saved so far {saved:.1%}, worth {second['worth']:.1%} of a full "
+        f"pass (efficiency {second['efficiency']:.2f}, limit {second['limit']:.2f})"
+    )
     assert lines[-1] == (
         f"InfoBatch: {summary['visits']} visits in place of {4 * N}, {summary['saved_ratio']:.1%} saved, in 4 passes"
     )
