@@ -43,9 +43,9 @@ class Thinning:
             return None
         return thinned_plan(self.candidates, num_kept, generator, threshold=self.threshold)
 
-    def by_sample(self) -> np.ndarray:
-        """The chance of each sample, shape ``(N,)``, float64."""
-        return np.where(self.candidates.numpy(), 1.0 - self.ratio, 1.0)
+    def by_sample(self, where: slice = slice(None)) -> np.ndarray:
+        """The chance of each sample, or of some, shape ``(N,)``, float64."""
+        return np.where(self.candidates.numpy()[where], 1.0 - self.ratio, 1.0)
 
     def fault(self, num_samples: int) -> str | None:
         """What is wrong with it; None for nothing."""
@@ -101,9 +101,9 @@ class Chances:
         plan = drawn_plan(certain, uncertain[places], weights, generator, self.threshold)
         return plan if self.weighted else replace(plan, weights=plan.weights * self.weight)
 
-    def by_sample(self) -> np.ndarray:
-        """The chance of each sample, shape ``(N,)``, float64."""
-        return self.values.numpy().astype(np.float64)
+    def by_sample(self, where: slice = slice(None)) -> np.ndarray:
+        """The chance of each sample, or of some, shape ``(N,)``, float64."""
+        return self.values.numpy()[where].astype(np.float64)
 
     def fault(self, num_samples: int) -> str | None:
         """What is wrong with them; None for nothing."""

@@ -141,10 +141,10 @@ class PruningPolicy(ABC):
         if fault is not None:
             raise ValueError(f"policy {self.name!r} ({type(self).__qualname__}) gave chances that cannot be: {fault}")
         plan = found.drawn(generator, multiple_of)
-        if plan is None or (norms := snapshot.norms()) is None:
+        if plan is None or (norms := snapshot.some().norms()) is None:
             return plan
         weighted = self.rescale != "none" and getattr(found, "weighted", True)
-        return replace(plan, worth=pass_worth(norms, found.by_sample(), weighted))
+        return replace(plan, worth=pass_worth(norms, found.by_sample(evenly(len(snapshot.seen))), weighted))
 
     def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """Draw the plan of one pass.

@@ -47,15 +47,9 @@ def pass_worth(norms: np.ndarray, chances: np.ndarray | None = None, weighted: b
         chances (ndarray, optional): With which the pass visits each, shape ``(N,)``, in (0, 1]. Defaults to a full one.
         weighted (bool): Whether visits weigh the inverse of their chance. Defaults to True.
     """
-    every = evenly(len(norms))
     if chances is None:
-        return Worth(1.0, 1.0, limit(norms[every]))
-    paid = cost(chances)
-    if not weighted:
-        return Worth(paid, None, limit(norms[every]))
-    # Of the same samples, so that equal chances are worth exactly what they cost.
-    some = chances[every]
-    return Worth(paid, worth(norms[every], some) * (paid / cost(some)), limit(norms[every]))
+        return Worth(1.0, 1.0, limit(norms))
+    return Worth(cost(chances), worth(norms, chances) if weighted else None, limit(norms))
 
 
 def equal_length(worth: Worth, noise: float) -> float:

@@ -51,11 +51,15 @@ def test_figures_of_a_pass_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [1000, 2**17 + 12345, 10**6])
-def test_equal_chances_are_worth_what_they_cost_for_any_number_of_samples(size: int) -> None:
-    norms = np.random.default_rng(0).lognormal(size=size)
-    found = pass_worth(norms, np.full(size, 0.3))
-    assert found.worth == pytest.approx(0.3) and found.efficiency == pytest.approx(1.0)
-    assert found.limit == pytest.approx(limit(norms), rel=0.05)
+def test_a_part_of_many_samples_tells_of_all(size: int) -> None:
+    norms = np.random.default_rng(0).lognormal(size=size).astype(np.float32)
+    pruner = Pruner(EpochSchedule(size, 8, 100), build_policy("random"))
+    pruner.record(torch.arange(size), torch.from_numpy(norms))
+    pruner.store.flush()
+    found = pruner.begin_pass().worth
+    assert found is not None and (found.cost, found.worth) == pytest.approx((0.5, 0.5))
+    assert found.limit == pytest.approx(limit(norms), rel=0.02)
+    assert pruner.limit == found.limit
 
 
 def test_a_pruned_run_is_as_good_as_a_shorter_one_of_its_worth_or_of_its_cost() -> None:
