@@ -43,7 +43,7 @@ class Thinning:
             return None
         return thinned_plan(self.candidates, num_kept, generator, threshold=self.threshold)
 
-    def by_sample(self, where: slice = slice(None)) -> np.ndarray:
+    def by_sample(self, where: slice | np.ndarray = slice(None)) -> np.ndarray:
         """The chance of each sample, or of some, shape ``(N,)``, float64."""
         return np.where(self.candidates.numpy()[where], 1.0 - self.ratio, 1.0)
 
@@ -101,7 +101,7 @@ class Chances:
         plan = drawn_plan(certain, uncertain[places], weights, generator, self.threshold)
         return plan if self.weighted else replace(plan, weights=plan.weights * self.weight)
 
-    def by_sample(self, where: slice = slice(None)) -> np.ndarray:
+    def by_sample(self, where: slice | np.ndarray = slice(None)) -> np.ndarray:
         """The chance of each sample, or of some, shape ``(N,)``, float64."""
         return self.values.numpy()[where].astype(np.float64)
 

@@ -43,17 +43,25 @@ def _worth(entry: dict[str, Any]) -> str:
     return f", worth {entry['worth']:.1%} of a full pass ({efficiency})"
 
 
-def remark_line(training: Training, before: str | None) -> str | None:
-    """What the policy has to say before the next pass; None where that is nothing, or was said before.
+class Remarks:
+    """What a policy has to say before a pass: each decision once, until it is another."""
 
-    Args:
-        training (Training): Has booked a pass.
-        before (str, optional): What was said last.
-    """
-    if training.finished or not training.is_active:
-        return None
-    remark = training.policy.remark(training.limit)
-    return None if remark is None or (line := f"InfoBatch: {remark}") == before else line
+    def __init__(self) -> None:
+        self._said: str | None = None
+
+    def line(self, training: Training) -> str | None:
+        """What is to be said before the next pass; None for nothing new.
+
+        Args:
+            training (Training): Has booked a pass.
+        """
+        if training.finished or not training.is_active or (remark := training.policy.remark(training.limit)) is None:
+            return None
+        decision, why = remark
+        if decision == self._said:
+            return None
+        self._said = decision
+        return f"InfoBatch: {decision}: {why}"
 
 
 def _unusable(entry: dict[str, Any], training: Training) -> list[str]:
@@ -85,10 +93,7 @@ def _short_of_target(training: Training) -> str:
     target = training.policy.settings().get("target_saving")
     if not training.finished or target is None or training.saved_ratio >= target - 0.01:
         return ""
-    return (
-        f"; less than target_saving={target}: the policy could skip no more, as where too few samples are below the "
-        "mean; raise delta, or take policy='variance'"
-    )
+    return f"; less than target_saving={target}: {training.policy.why_less}"
 
 
 def unscored_line(training: Training) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 
-from .console import end_line, pass_line, remark_line, say
+from .console import Remarks, end_line, pass_line, say
 from .ending import note
 from .training import Training
 
@@ -19,13 +19,12 @@ class Notices:
     def __init__(self, speaks: bool = True) -> None:
         self._speaks = speaks
         self._told: set[str] = set()
-        self._remark: str | None = None
+        self._remarks = Remarks()
 
     def _say_pass(self, training: Training, wall_time_s: float | None = None) -> None:
         """Say what the pass that was booked last came to, and what the whole training did at its end."""
         say(pass_line(training))
-        if remark := remark_line(training, self._remark):
-            self._remark = remark
+        if remark := self._remarks.line(training):
             say(remark)
         note(training.pass_index, training.schedule.num_passes)
         if training.pass_index == training.schedule.num_passes:

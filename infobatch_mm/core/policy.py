@@ -14,7 +14,7 @@ from torch import Tensor
 from .chances import Chances, Thinning
 from .checks import plain
 from .plan import Plan
-from .worth import as_norms, evenly, filled_norms, pass_worth
+from .worth import as_norms, enough, filled_norms, pass_worth, unknown_norms
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,17 @@ class Snapshot:
         return filled_norms(self.scores.numpy(), self.seen.numpy(), self.norms_of)
 
     def some(self) -> Snapshot:
-        """The same of enough samples for a mean, evenly spread."""
-        every = evenly(len(self.seen))
+        """The same of enough samples for a mean."""
+        where = enough(len(self.seen))
+        if isinstance(where, slice):
+            return self
+        places = torch.from_numpy(where)
         return replace(
             self,
-            scores=self.scores[every],
-            seen=self.seen[every],
-            times_seen=self.times_seen[every],
-            columns={key: each[every] for key, each in self.columns.items()},
+            scores=self.scores[places],
+            seen=self.seen[places],
+            times_seen=self.times_seen[places],
+            columns={key: each[places] for key, each in self.columns.items()},
         )
 
 
@@ -85,6 +88,11 @@ class PruningPolicy(ABC):
     #: ``'unbiased'`` for weights of 1/pi, ``'step'`` for the same divided by their mean over the plan, ``'none'`` for
     #: weights of one.
     rescale: str = "unbiased"
+    #: Why a run may save less than its ``target_saving``, and what to do.
+    why_less: ClassVar[str] = (
+        "the policy could skip no more, as where too few samples are below the mean; raise delta, or take "
+        "policy='variance'"
+    )
     #: ``'batch'`` where a pruned pass makes fewer steps, ``'steps'`` where it makes as many on smaller batches.
     keep: str = "batch"
     #: By which power of their size the learning rates of smaller batches are multiplied; see :data:`.LR_RULES`.
@@ -144,7 +152,7 @@ class PruningPolicy(ABC):
         if plan is None or (norms := snapshot.some().norms()) is None:
             return plan
         weighted = self.rescale != "none" and getattr(found, "weighted", True)
-        return replace(plan, worth=pass_worth(norms, found.by_sample(evenly(len(snapshot.seen))), weighted))
+        return replace(plan, worth=pass_worth(norms, found.by_sample(enough(len(snapshot.seen))), weighted))
 
     def draw(self, scores: Tensor, seen: Tensor, generator: torch.Generator, multiple_of: int) -> Plan | None:
         """Draw the plan of one pass.
@@ -159,10 +167,13 @@ class PruningPolicy(ABC):
         Returns:
             Plan | None: The plan in random order, or None where nothing can be pruned: the pass is then a full one.
         """
-        return self._drawn(Snapshot(scores, seen, seen.to(torch.int32), progress=0.0), generator, multiple_of)
+        known = Snapshot(scores, seen, seen.to(torch.int32), progress=0.0, norms_of=unknown_norms)
+        return self._drawn(known, generator, multiple_of)
 
-    def remark(self, limit: float | None) -> str | None:
-        """What is to be said before a pass, once where it stays the same.
+    def remark(self, limit: float | None) -> tuple[str, str] | None:
+        """What it decides of the next pass, and why; None for policies that decide nothing.
+
+        It is said before the pass, and again only where the decision is another.
 
         Args:
             limit (float, optional): Largest efficiency of any unbiased pruning by the scores so far; None where they do

@@ -52,6 +52,9 @@ class Pruner(Training):
             if plan.pruned and self.store.num_invalid:
                 # Counted now, and kept with the plan: what its own visits find out must not change it midway.
                 plan = replace(plan, blanks=self.store.blanks(plan.indices))
+            if plan.worth is not None:
+                share = len(plan) / max(1, self.schedule.full_visits(self.pass_index))
+                plan = replace(plan, worth=plan.worth.paying(min(1.0, share)))
             self._set_plan(plan if self.shuffle else plan.sorted())
         assert self.plan is not None
         return self.plan

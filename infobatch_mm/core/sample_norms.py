@@ -77,6 +77,8 @@ def _shifted(layer: Any, inputs: Tensor, size: torch.Size) -> list[Tensor]:
 
 def _sum_of_squares(values: Tensor) -> Tensor:
     """Over all but the first dimension, shape ``(B,)``, float32: squares of half precision overflow."""
+    if values.dtype == torch.float64:  # which vector_norm() does not narrow
+        values = values.float()
     return torch.linalg.vector_norm(values.reshape(len(values), -1), dim=1, dtype=torch.float32).square()
 
 

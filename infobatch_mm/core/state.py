@@ -12,7 +12,7 @@ from torch import Tensor
 from . import unusable
 from .plan import Plan
 from .score_rule import registered
-from .worth import Worth
+from .worth import Worth, is_worth
 
 if TYPE_CHECKING:
     from .training import Training
@@ -292,7 +292,7 @@ def _plan(plan: Any, num_samples: int) -> Plan:
     if batch is not None and (type(batch) is not int or batch < 1 or not plan["pruned"] or len(indices) % batch):
         raise damaged("plan")
     worth = plan.get("worth")
-    if worth is not None and (not isinstance(worth, Mapping) or set(worth) != {"cost", "worth", "limit"}):
+    if worth is not None and not is_worth(worth):
         raise damaged("plan")
     pruned, threshold, blanks = bool(plan["pruned"]), plan["threshold"], (int(blanks[0]), int(blanks[1]))
     worth = None if worth is None else Worth(**worth)

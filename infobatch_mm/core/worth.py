@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-# Sums over the data set are of so many samples at most, evenly spread: they are means.
+from .checks import is_number
+
+# Means over the data set are of so many samples at most.
 _ENOUGH = 2**17
 
 #: What is told of a pass, by name.
@@ -34,9 +36,22 @@ class Worth:
         """Worth over cost: 1 where pruning is training shorter."""
         return None if self.worth is None else self.worth / self.cost
 
+    def paying(self, cost: float) -> Worth:
+        """The same draws where another share of the visits was paid, as where it was brought to full batches."""
+        efficiency = self.efficiency
+        return Worth(cost, None if efficiency is None else min(1.0, efficiency * cost), self.limit)
+
     def plain(self) -> dict[str, float | None]:
         """The figures by name, for JSON."""
         return {name: getattr(self, name) for name in FIGURES}
+
+
+def is_worth(found: object) -> bool:
+    """Whether a state's entry is the attributes of a :class:`Worth`, by name."""
+    if not isinstance(found, Mapping) or set(found) != {"cost", "worth", "limit"}:
+        return False
+    known = [each for name, each in found.items() if name != "worth" or each is not None]
+    return all(is_number(each) and each > 0 for each in known)
 
 
 def pass_worth(norms: np.ndarray, chances: np.ndarray | None = None, weighted: bool = True) -> Worth:
@@ -58,7 +73,8 @@ def equal_length(worth: Worth, noise: float) -> float:
     S steps on batches of B advance like ``S / (1 + B_noise / B)`` steps without noise at a learning rate that suits B
     (McCandlish et al., 2018, eq. 2.11). A pruned batch is as noisy as a uniform one of e B samples, e the efficiency,
     so C of the steps are ``C (1 + n) / (1 + n / e)`` of all, n = B_noise / B. Where noise limits (n large) that is the
-    worth; where it does not (n small) it is the cost, and pruning is training shorter whatever it draws.
+    worth; where it does not (n small) it is the cost, and pruning is training shorter whatever it draws. For batches of
+    few samples the noise of a pruned one is a little less, by (1 - 1/e) / B of n.
 
     Args:
         worth (Worth): Of weighted passes.
@@ -106,14 +122,38 @@ def filled_norms(
 
     Returns:
         ndarray: Shape ``(N,)``, float; None where scores say nothing of norms, or no sample has one.
+
+    Raises:
+        ValueError: If what a score of the user's gives are no norms.
     """
     norms = norms_of(scores) if seen.any() else None
-    return None if norms is None else np.where(seen, norms, norms.mean(where=seen, dtype=np.float64))
+    if norms is None:
+        return None
+    if not isinstance(norms, np.ndarray) or norms.shape != scores.shape:
+        shape = getattr(norms, "shape", None)
+        raise ValueError(
+            f"norms() of the score gave a {type(norms).__name__} of shape {shape} for scores of shape {scores.shape}: "
+            "return a numpy array with a norm for each, or None"
+        )
+    if not (norms[seen] >= 0).all() or not np.isfinite(norms[seen]).all():
+        wrong = norms[seen][~((norms[seen] >= 0) & np.isfinite(norms[seen]))][0]
+        raise ValueError(f"norms() of the score gave {wrong}: norms of gradients are finite, and none is negative")
+    return np.where(seen, norms, norms.mean(where=seen, dtype=np.float64))
 
 
-def evenly(length: int) -> slice:
-    """Enough of so many samples for a mean, evenly spread."""
-    return slice(None, None, max(1, length // _ENOUGH))
+def unknown_norms(scores: np.ndarray) -> None:
+    """Scores of which nobody knows what norms they stand for."""
+    return None
+
+
+def enough(length: int) -> slice | np.ndarray:
+    """Enough of so many samples for a mean: all, or random ones, the same each time and on every process.
+
+    Not every so many: data sets are periodic, as where each image was cut into four.
+    """
+    if length <= _ENOUGH:
+        return slice(None)
+    return np.sort(np.random.default_rng(length).integers(0, length, _ENOUGH))
 
 
 def cost(chances: np.ndarray) -> float:
@@ -149,5 +189,8 @@ def limit(norms: np.ndarray) -> float:
     Returns:
         float: At least 1.
     """
-    mean = float(np.mean(norms, dtype=np.float64))
-    return 1.0 if mean <= 0 else float(np.mean(np.square(norms, dtype=np.float64))) / mean**2
+    largest = float(np.max(norms, initial=0.0))
+    if largest <= 0:
+        return 1.0
+    shares = np.asarray(norms, dtype=np.float64) / largest  # whose squares neither vanish nor overflow
+    return float(np.mean(np.square(shares))) / float(np.mean(shares)) ** 2

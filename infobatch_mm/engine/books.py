@@ -32,7 +32,7 @@ class Books:
         self.time_before = 0.0
         self._started = time.perf_counter()
         self._has_said_nothing_pruned = self._has_said_unscored = False
-        self._remark: str | None = None
+        self._remarks = console.Remarks()
 
     def start_clock(self) -> None:
         """Begin to count the time of this life of the run."""
@@ -66,6 +66,8 @@ class Books:
             )
         if self._has_said_nothing_pruned or plan.pruned or not pruner.is_active or not pruner.store.seen.any():
             return
+        if pruner.policy.remark(pruner.limit) is not None:  # it has said why
+            return
         self._has_said_nothing_pruned = True
         runner.logger.warning(
             f"InfoBatch: nothing could be pruned in pass {pruner.pass_index + 1}, so it visits every sample: all "
@@ -88,8 +90,7 @@ class Books:
             if unscored:
                 self._has_said_unscored = True
                 runner.logger.warning(unscored)
-        if remark := console.remark_line(training, self._remark):
-            self._remark = remark
+        if remark := self._remarks.line(training):
             runner.logger.info(remark)
         done = training.pass_index
         if done == 1 or training.finished or done % self._every(training) == 0:

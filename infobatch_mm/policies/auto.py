@@ -38,6 +38,7 @@ class AutoPolicy(VariancePolicy):
     """
 
     name = "auto"
+    why_less = "passes whose limit is below bar visit every sample; train shorter, or lower bar"
 
     def __init__(
         self, prune_ratio: float = 0.5, delta: float = 1.0, pi_min: float = PI_MIN, bar: float = BAR, **options: Any
@@ -61,13 +62,14 @@ class AutoPolicy(VariancePolicy):
         norms = snapshot.some().norms()
         return None if norms is None or limit(norms) < self.bar else super().chances(snapshot)
 
-    def remark(self, limit: float | None) -> str | None:
+    def remark(self, limit: float | None) -> tuple[str, str] | None:
         if limit is None:
             return None
         if limit >= self.bar:
-            return f"policy 'auto' prunes: by the scores, the limit is {limit:.2f}, at or above bar={self.bar}"
+            return "policy 'auto' prunes", f"by the scores, the limit is {limit:.2f}, at or above bar={self.bar}"
         most = f"{1 - 1 / limit:.1%}"
         return (
-            f"policy 'auto' visits every sample: by the scores, the limit is {limit:.2f}, below bar={self.bar}. No "
-            f"unbiased pruning can save more than {most} of a run that is as good: to save that, train {most} shorter"
+            "policy 'auto' visits every sample",
+            f"by the scores, the limit is {limit:.2f}, below bar={self.bar}. No unbiased pruning can save more than "
+            f"{most} of a run that is as good: to save that, train {most} shorter",
         )

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from infobatch_mm.core import EpochSchedule, IterSchedule, Pruner, build_policy
-from infobatch_mm.core.console import pass_line, remark_line
+from infobatch_mm.core.console import Remarks, end_line, pass_line
 from infobatch_mm.core.watcher import Watcher
 from infobatch_mm.core.worth import Worth, equal_length, limit, noise_scale, pass_worth
 
@@ -57,8 +57,9 @@ def test_a_part_of_many_samples_tells_of_all(size: int) -> None:
     pruner.record(torch.arange(size), torch.from_numpy(norms))
     pruner.store.flush()
     found = pruner.begin_pass().worth
-    assert found is not None and (found.cost, found.worth) == pytest.approx((0.5, 0.5))
-    assert found.limit == pytest.approx(limit(norms), rel=0.02)
+    plan = pruner.begin_pass()
+    assert found is not None and (found.cost, found.worth) == pytest.approx((len(plan) / size, len(plan) / size))
+    assert found.limit == pytest.approx(limit(norms), rel=0.05)
     assert pruner.limit == found.limit
 
 
@@ -92,12 +93,14 @@ def test_a_run_tells_what_its_passes_were_worth(policy: Any) -> None:
     pi = chances.by_sample()
     squares = scores.astype(np.float64) ** 2
     expected = squares.sum() / (squares / pi).sum()
-    assert second["worth"] == pytest.approx(expected) and second["cost"] == pytest.approx(pi.mean())
-    assert second["efficiency"] == pytest.approx(expected / pi.mean())
+    # What was paid is what full batches came to.
+    assert second["cost"] == second["kept_ratio"] and second["efficiency"] == pytest.approx(expected / pi.mean())
+    assert second["worth"] == pytest.approx(second["efficiency"] * second["kept_ratio"])
     if knows_all:
         assert second["limit"] == pytest.approx(squares.mean() / scores.mean(dtype=np.float64) ** 2)
     assert pruner.scalars()["infobatch/worth"] == pruner.history[-1]["worth"]
-    assert f"worth {100 * expected:.1f}% of a full pass (efficiency {expected / pi.mean():.2f}, " in pass_line(pruner)
+    third = pruner.history[-1]
+    assert f"worth {third['worth']:.1%} of a full pass (efficiency {third['efficiency']:.2f}, " in pass_line(pruner)
 
 
 @pytest.mark.parametrize("policy", ["epsilon_greedy", dict(type="infobatch", rescale="none")], ids=str)
@@ -175,16 +178,24 @@ def test_a_host_that_keeps_its_order_is_told_the_limit() -> None:
 @pytest.mark.parametrize(("spread", "prunes"), [(0.3, False), (1.5, True)])
 def test_auto_decides_on_both_sides_of_its_bar_and_says_so_before_the_pass(spread: float, prunes: bool) -> None:
     scores = np.exp(spread * np.random.default_rng(1).standard_normal(400)).astype(np.float32)
-    pruner = trained("auto", 0, scores)
-    assert remark_line(pruner, None) is None
+    pruner, remarks = trained(dict(type="auto", target_saving=0.5), 0, scores), Remarks()
+    assert remarks.line(pruner) is None
     one_pass(pruner, scores)
-    line = remark_line(pruner, None)
-    assert line is not None and remark_line(pruner, line) is None
+    line = remarks.line(pruner)
+    assert line is not None
     assert (pruner.limit >= 1.5) == prunes and (" prunes: " in line) == prunes
-    one_pass(pruner, scores)
+    one_pass(pruner, scores * np.float32(1.5) ** (np.arange(400) % 2))  # of another limit, on the same side
     assert (pruner.history[-1]["kept"] < 400) == prunes
+    assert remarks.line(pruner) is None
     if not prunes:
-        assert f"train {100 * (1 - 1 / pruner.limit):.1f}% shorter" in line
+        assert "% shorter" in line
+        for _ in range(6):
+            one_pass(pruner, scores)
+        assert end_line(pruner).endswith("less than target_saving=0.5: " + pruner.policy.why_less)
+    pruner = trained("auto", 2, scores)
+    if not prunes:
+        line = Remarks().line(pruner)
+        assert line is not None and f"train {100 * (1 - 1 / pruner.limit):.1f}% shorter" in line
     exactly = trained(dict(type="auto", bar=pruner.limit), 2, scores)
     assert exactly.history[-1]["kept"] < 400
     above = trained(dict(type="auto", bar=np.nextafter(pruner.limit, 99)), 2, scores)
@@ -195,3 +206,41 @@ def test_auto_decides_on_both_sides_of_its_bar_and_says_so_before_the_pass(sprea
 def test_a_bar_below_one_is_refused(bar: Any) -> None:
     with pytest.raises(ValueError, match="bar="):
         build_policy(dict(type="auto", bar=bar))
+
+
+def test_many_samples_are_looked_at_in_no_rhythm() -> None:
+    # Each image was cut into four, of which one is not empty.
+    size = 2**19
+    norms = np.where(np.arange(size) % 4 == 1, 1.0, 0.05).astype(np.float32)
+    pruner = Pruner(EpochSchedule(size, 8, 64), build_policy("variance"), score="raw")
+    pruner.record(torch.arange(size), torch.from_numpy(norms))
+    pruner.store.flush()
+    assert pruner.limit == pytest.approx(limit(norms), rel=0.02)
+    found = pruner.begin_pass().worth
+    assert found is not None and found.cost == pytest.approx(0.5, abs=1e-3) and found.worth > 0.9
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [lambda s: s * np.nan, lambda s: 1 / (s - s), lambda s: -s - 1, lambda s: s[:3], torch.from_numpy],
+    ids=["NaN", "infinite", "negative", "of another shape", "a tensor"],
+)
+def test_what_a_users_score_calls_norms_is_looked_at(norms: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruner = trained("random", 1, unequal())
+    monkeypatch.setattr(pruner.store.rule, "norms", norms)
+    with np.errstate(all="ignore"), pytest.raises(ValueError, match=r"norms\(\) of the score gave"):
+        pruner.begin_pass()
+
+
+def test_norms_whose_squares_vanish_have_a_limit() -> None:
+    assert limit(np.array([1e-200, 3e-200])) == pytest.approx(5 / 4) and limit(np.zeros(3)) == 1
+
+
+def test_a_cut_pass_pays_its_own_share() -> None:
+    scores = unequal()
+    pruner = Pruner(IterSchedule(N, 25, BATCH), build_policy(dict(type="variance", delta=1.0)), score="raw")
+    pruner.record(torch.arange(N), torch.from_numpy(scores))
+    pruner.store.flush()
+    for _ in range(pruner.schedule.num_passes):
+        one_pass(pruner, scores)
+    assert [entry["cost"] for entry in pruner.history] == [entry["kept_ratio"] for entry in pruner.history]

@@ -170,3 +170,14 @@ def test_warns_once_when_nothing_could_be_pruned(scenes: Path, tmp_path: Path) -
     summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
     full = [entry for entry in summary["per_pass"][1:4] if entry["kept_ratio"] == 1]
     assert log.count("nothing could be pruned") == min(1, len(full))
+
+
+def test_a_policy_that_decides_to_prune_nothing_says_why_and_once(scenes: Path, tmp_path: Path) -> None:
+    cfg = config(scenes, tmp_path, log_level="INFO")
+    cfg.custom_hooks = [dict(type="InfoBatchHook", policy=dict(type="auto", bar=50.0))]
+    runner, _ = train(cfg)
+    log = next(Path(runner.log_dir).glob("*.log")).read_text()
+    assert log.count("policy 'auto' visits every sample: by the scores, the limit is ") == 1
+    assert "nothing could be pruned" not in log
+    summary = json.loads(Path(runner.work_dir, "infobatch_summary.json").read_text())
+    assert {entry["kept"] for entry in summary["per_pass"]} == {20}  # of 22, the last of which fill no batch

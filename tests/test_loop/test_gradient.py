@@ -315,3 +315,13 @@ def test_large_scales_half_precision_and_empty_parts():
     x, targets = task.inputs(index)
     losses = task.losses(task.head(task.features(x)), targets)
     infobatch.weigh(losses[:0], index[:0])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_models_in_double_precision_have_scores_as_well(name: str):
+    task = Task(name)
+    for module in (task.body, task.head):
+        module.double()
+    task.x, task.noise = task.x.double(), task.noise.double()
+    scores = scores_of(walked(task, 1, learns=False, layer=True))
+    assert scores == pytest.approx(scores_of(walked(Task(name), 1, learns=False, layer=True)), rel=1e-3)
