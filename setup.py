@@ -34,7 +34,7 @@ EXTRAS = {
         "transformers>=4.41.2",
         "peft>=0.17",
     ],
-    "report": ["matplotlib>=3.7", "rich>=13", "scipy>=1.9"],
+    "report": ["matplotlib>=3.7", "rich>=13", "scipy>=1.12"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.5", "accelerate>=1.0"],
     "dev": ["ruff>=0.6", "mypy>=1.11", "pre-commit>=3"],
 }

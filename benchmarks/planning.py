@@ -1,6 +1,6 @@
 """Cost of planning one pass, against the host's own shuffle of as many samples.
 
-    python benchmarks/plan.py [--samples 10000000] [--repeats 5]
+    python benchmarks/planning.py [--samples 10000000] [--repeats 5]
 
 The host's samplers draw ``torch.randperm(n).tolist()`` for each pass. Runs alternate; medians are shown.
 """

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 #: Packages of the extra ``report``; what else a subcommand needs is in the extra of its host.
-_REPORT = ("matplotlib", "rich")
+_REPORT = ("matplotlib", "rich", "scipy")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     "train": Subcommand("train a model from a config of MMEngine", "train", "mm"),
     "test": Subcommand("evaluate a checkpoint by the test settings of its config", "test", "mm"),
     "compare": Subcommand("train a pair of configs, unpruned and pruned, and compare", "compare", "mm"),
+    "plan": Subcommand("forecast what pruning is worth on a training, from a checkpoint", "plan", "mm"),
     "train-autoencoder": Subcommand(
         "train a first stage of latent diffusion on images", "train_autoencoder", "diffusers"
     ),
