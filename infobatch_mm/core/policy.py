@@ -14,7 +14,7 @@ from torch import Tensor
 from .chances import Chances, Thinning
 from .checks import plain
 from .plan import Plan
-from .worth import as_norms, enough, filled_norms, pass_worth, unknown_norms
+from .worth import as_norms, enough, filled_norms, pass_worth
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,7 @@ class PruningPolicy(ABC):
         Returns:
             Plan | None: The plan in random order, or None where nothing can be pruned: the pass is then a full one.
         """
-        known = Snapshot(scores, seen, seen.to(torch.int32), progress=0.0, norms_of=unknown_norms)
-        return self._drawn(known, generator, multiple_of)
+        return self._drawn(Snapshot(scores, seen, seen.to(torch.int32), progress=0.0), generator, multiple_of)
 
     def remark(self, limit: float | None) -> tuple[str, str] | None:
         """What it decides of the next pass, and why; None for policies that decide nothing.

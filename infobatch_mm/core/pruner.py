@@ -53,8 +53,9 @@ class Pruner(Training):
                 # Counted now, and kept with the plan: what its own visits find out must not change it midway.
                 plan = replace(plan, blanks=self.store.blanks(plan.indices))
             if plan.worth is not None:
-                share = len(plan) / max(1, self.schedule.full_visits(self.pass_index))
-                plan = replace(plan, worth=plan.worth.paying(min(1.0, share)))
+                share = min(1.0, len(plan) / max(1, self.schedule.full_visits(self.pass_index)))
+                # A policy that draws by itself does not know what the scores tell.
+                plan = replace(plan, worth=None if self.full_worth is None else plan.worth.paying(share))
             self._set_plan(plan if self.shuffle else plan.sorted())
         assert self.plan is not None
         return self.plan

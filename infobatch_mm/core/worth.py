@@ -141,11 +141,6 @@ def filled_norms(
     return np.where(seen, norms, norms.mean(where=seen, dtype=np.float64))
 
 
-def unknown_norms(scores: np.ndarray) -> None:
-    """Scores of which nobody knows what norms they stand for."""
-    return None
-
-
 def enough(length: int) -> slice | np.ndarray:
     """Enough of so many samples for a mean: all, or random ones, the same each time and on every process.
 

@@ -195,14 +195,14 @@ def all_cases() -> list[Case]:
             cases.append(drawn(generator, len(cases), world, **given))
         for place in range(count):
             cases.append(drawn(generator, len(cases), world))
-            if place % 6:
+            if place % 3:
                 LONG.add(cases[-1].number)
     # Each process imports MMEngine once more for such workers; the ranks of the engine's own tests have workers too.
     LONG.update(case.number for case in cases if case.workers and case.kind != "core")
     return cases
 
 
-#: Numbers of the cases that the default suite leaves out: five in six of the drawn ones.
+#: Numbers of the cases that the default suite leaves out: two in three of the drawn ones.
 LONG: set[int] = set()
 CASES = all_cases()
 

@@ -677,6 +677,7 @@ def test_summary_logs_and_files_tell_what_was_done(tmp_path: Path):
         "infobatch/kept_ratio": 1.0,
         "infobatch/saved_ratio": summary["saved_ratio"],
         "infobatch/score_mean": last["score_mean"],
+        **{f"infobatch/{name}": last[name] for name in ("worth", "cost", "efficiency", "limit")},
     }  # the last pass is a full one, which has no threshold
     assert last["score_mean"] == pytest.approx(run.pruner.store.values.double().mean().item())
     run.infobatch.write(tmp_path / "new" / "place", names=[f"point {i}" for i in range(46)])

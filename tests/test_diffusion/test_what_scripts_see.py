@@ -161,7 +161,10 @@ def test_each_pass_and_the_end_have_a_line_on_the_main_process(caplog: pytest.Lo
     assert len(lines) == 9
     second = books["per_pass"][1]
     saved = 1 - (46 + second["kept"]) / 92
-    assert lines[1] == f"InfoBatch pass 2 of 8 done: kept {second['kept_ratio']:.1%}, saved so far {saved:.1%}"
+    assert lines[1] == (
+        f"InfoBatch pass 2 of 8 done: kept {second['kept_ratio']:.1%}, saved so far {saved:.1%}, worth "
+        f"{second['worth']:.1%} of a full pass (efficiency {second['efficiency']:.2f}, limit {second['limit']:.2f})"
+    )
     assert re.fullmatch(
         rf"InfoBatch: {books['visits']} visits in place of 368, {books['saved_ratio']:.1%} saved, in 8 passes, \d+ s",
         lines[-1],
