@@ -202,6 +202,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(two: Done, killed: Done, tmp
     assert ours["history"] == theirs["history"]
 
 
+@pytest.mark.slow  # test_engine/test_ranks.py resumes on other numbers of processes
 def test_resumed_on_more_processes_visits_the_very_same_rest(two: Done, killed: Done, tmp_path: Path):
     resumed = resume(killed, tmp_path, 4)
     saved = killed.checkpoint["infobatch"]

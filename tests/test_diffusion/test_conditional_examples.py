@@ -112,7 +112,7 @@ def test_ten_lines_are_ours(name: str):
     check_marks(source_of(name), fewer_than=11)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [TEXT, DIT, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_without_pruning_it_is_the_original_script(
     name: str, demo: Demo, tmp_path: Path, journal: list[dict[str, float]]
 ):

@@ -81,7 +81,7 @@ LOOPS = pytest.mark.parametrize("loop", ["iterations", "epochs"])
 
 
 @LOOPS
-@pytest.mark.parametrize("rule", ["sqrt", "linear"])
+@pytest.mark.parametrize("rule", ["sqrt", pytest.param("linear", marks=pytest.mark.slow)])
 def test_pruned_passes_make_the_iterations_of_full_ones(scenes: Path, tmp_path: Path, loop: str, rule: str) -> None:
     policy = {**KEEP, "lr_rule": rule}
     workers = {"train_dataloader.num_workers": 2, "train_dataloader.persistent_workers": True}

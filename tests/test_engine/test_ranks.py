@@ -163,7 +163,8 @@ def test_summaries_are_equal(straight: Callable[[str, int], Run], loop: str, ran
         del book["wall_time_s"]
     for entry, other in zip(ours.pop("per_pass"), theirs.pop("per_pass"), strict=True):
         assert (entry.pop("threshold") or 0) == pytest.approx(other.pop("threshold") or 0, rel=1e-6)
-        assert entry.pop("score_mean") == pytest.approx(other.pop("score_mean"), rel=1e-6)
+        for name in ("score_mean", "worth", "efficiency", "limit"):
+            assert (entry.pop(name) or 0) == pytest.approx(other.pop(name) or 0, rel=1e-6)
         assert entry == other
     assert ours == theirs
     assert ours["saved_ratio"] > 0

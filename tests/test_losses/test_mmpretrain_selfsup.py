@@ -441,7 +441,12 @@ def test_recomputed_activations_carry_the_weights():
 
 
 @pytest.mark.parametrize(
-    "name", ["head-mae_channel", "head-beit_v1", "head-beit_v2", "head-cae", "head-latents", "model-mixmim"]
+    "name",
+    [
+        "head-mae_channel",
+        "model-mixmim",
+        *(pytest.param(f"head-{name}", marks=pytest.mark.slow) for name in ("beit_v1", "beit_v2", "cae", "latents")),
+    ],
 )
 def test_a_compiled_training_step_is_weighed(name):
     """With other weights than those of the first call, which is the one that is compiled."""
