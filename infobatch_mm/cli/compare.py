@@ -1,12 +1,12 @@
 """Train a config with and without pruning, and set the runs side by side.
 
     infobatch-mm compare UNPRUNED [PRUNED ...] [--policies SPEC ...] [--seeds 0 1 2] [--controls [NAME ...]]
-        [--margin M] [--metric NAME] [--lower-is-better] [--then CONFIG] [--then-options k=v ...] [--work-dir DIR]
-        [--cfg-options k=v ...]
+        [--margin M] [--metric NAME] [--lower-is-better | --higher-is-better] [--then CONFIG]
+        [--then-options k=v ...] [--work-dir DIR] [--cfg-options k=v ...]
 
 An arm is a pruned config, or a policy by its name and settings, ``variance:target_saving=0.4,score=gradient``, added to
 the unpruned config. Leaves ``comparison.json`` and ``comparison.png`` in the work dir, with several seeds one of each
-per seed, a ``comparison.json`` over all of them and ``verdicts.png``. Controls make the visits that a pruned run made:
+per seed, a ``comparison.json`` over all of them and ``verdicts.png``. Controls make about the visits of a pruned run:
 ``shortened`` is the unpruned config that ends earlier, its schedule complete; ``random`` prunes at random, with
 weights; ``smaller`` makes as many steps on smaller batches; ``unweighted`` is the pruned run without weights. An arm
 that is done is not trained again, and one that was interrupted goes on. A pre-training has no quality of its own:
@@ -26,7 +26,7 @@ from mmengine.config import Config
 from rich.console import Console
 
 from ..report.figures import comparison_figure
-from ..report.seeds import Rows, means, write_numbers
+from ..report.seeds import Rows, means, unmeasured, write_numbers
 from ..report.tables import comparison_table
 from ..report.verdict_figures import verdict_figure
 from ..report.verdict_tables import verdict_table
@@ -34,6 +34,7 @@ from .comparison.arms import Arms
 from .comparison.checks import check
 from .comparison.lives import settings_of
 from .comparison.pruned_arms import PrunedArm, pruned_arms, write_config
+from .comparison.record import seed_of
 from .comparison.request import Request, add_statistics_arguments, take_controls
 from .comparison.results import Question, account, judged, question, saved_by
 from .comparison.sharing import Family
@@ -86,15 +87,22 @@ class _Comparison:
                     for words in self._family.left_out:
                         self._console.print(words, highlight=False, markup=False)
                 arms.train_controls(self._family.controls, progress)
+            for words in arms.left_out:
+                self._family.left_out.append(words)
+                self._console.print(words, highlight=False, markup=False)
             found = arms.read(metric)
-            self._rows[seed] = {name: arm.row(metric) for name, arm in found.items()}
+            rows = {name: arm.row(metric) for name, arm in found.items()}
+            # Every seed has the same arms: one that could not be trained was not measured.
+            missing = [each.name for each in self._family.controls if each.name not in rows]
+            self._rows[seed] = {**rows, **dict.fromkeys(missing, unmeasured(metric))}
             title = f"{self._request.unpruned.stem}, seed {seed}"
-            picture = self._work_dir(seed) / "comparison.png"
+            place = self._report_dir(seed)
+            picture = place / "comparison.png"
             comparison_figure(title, metric, found, picture)
             self._console.print(str(picture), highlight=False)
             self._console.print(comparison_table(title, metric, [self._rows[seed]], pruned=self._names))
             if len(self._seeds) > 1:
-                self._keep(self._work_dir(seed) / "comparison.json", self._of_one(seed))
+                self._keep(place / "comparison.json", self._of_one(seed))
 
     def conclude(self, argv: Sequence[str] | None) -> None:
         """Show and keep what all seeds say together."""
@@ -117,9 +125,24 @@ class _Comparison:
     def _names(self) -> list[str]:
         return [arm.name for arm in self._pruned]
 
-    def _work_dir(self, seed: int) -> Path:
+    def _report_dir(self, seed: int) -> Path:
+        """Where numbers and picture of one seed go."""
         root = self._request.work_dir
-        return root / f"seed{seed}" if len(self._request.seeds) > 1 else root
+        place = root / f"seed{seed}" if len(self._request.seeds) > 1 else root
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    def _work_dir(self, seed: int) -> Path:
+        """Where the arms of a seed go: a folder of its own, or the work dir for the first that is trained alone.
+
+        A seed that was begun stays where it is, however many seeds there are now.
+        """
+        root = self._request.work_dir
+        own, there = root / f"seed{seed}", seed_of(root / "baseline")
+        if there == seed and seed_of(own / "baseline") is None:
+            return root
+        alone = len(self._request.seeds) == 1 and there is None and seed_of(own / "baseline") is None
+        return root if alone else own
 
     def _of_one(self, seed: int) -> dict[str, Any]:
         """The numbers of one seed."""
@@ -134,7 +157,9 @@ class _Comparison:
         return {
             name: {
                 "config": str(trained.config),
-                "options": {str(seed): arms.trained[name].options for seed, arms in self._seeds.items()},
+                "options": {
+                    str(seed): arms.trained[name].options for seed, arms in self._seeds.items() if name in arms.trained
+                },
                 "merged": settings_of(trained.config, trained.options),
             }
             for name, trained in first.trained.items()
@@ -155,7 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--then", type=Path, help="config of a fine-tuning from each run's last checkpoint")
     parser.add_argument("--then-options", nargs="+", default=[], help="overrides for the fine-tunings")
     parser.add_argument("--metric", help="name in the log, e.g. mDice (default: mIoU or accuracy/top1)")
-    parser.add_argument("--lower-is-better", action="store_true", help="as of metrics that have 'loss' in their name")
+    better = parser.add_mutually_exclusive_group()
+    better.add_argument(
+        "--lower-is-better", action="store_true", default=None, help="as of metrics with the word 'loss' in their name"
+    )
+    better.add_argument("--higher-is-better", dest="lower_is_better", action="store_false", default=None)
     parser.add_argument(
         "--cfg-options",
         nargs="+",

@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
 
+    if parse_options(["--config", args.full, *common, "--output_dir", "."]).eval_data_dir is None:
+        print(
+            "no --eval_data_dir: the held-out loss is not measured, so there will be no verdicts, only visits and time",
+            file=sys.stderr,
+        )
     seeds: dict[int, Rows] = {}
     family: Family | None = None
     for seed in args.seeds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def quality_over_visits(axes: Axes, metric: str, arms: Mapping[str, Arm]) -> Non
     """Draw the metric at each validation over the sample visits before it, a line for each run."""
     colour = colours(arms)
     for name, arm in arms.items():
-        label = f"{name}, {arm.quality[-1]:.2f} at the end"
+        last = arm.quality[-1]
+        label = f"{name}, {last:.2f} at the end" if math.isfinite(last) else f"{name}, not measured"
         size = 3 if len(arm.visits) > 1 else 8
         axes.plot(arm.visits, arm.quality, marker="o", markersize=size, color=colour[name], label=label)
     axes.set(xlabel="sample visits", ylabel=labelled(metric), title="Quality over visits")

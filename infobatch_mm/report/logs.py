@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,8 @@ def find_metric(work_dir: Path, wanted: str | None) -> str:
 
 
 def last_value(work_dir: Path, metric: str) -> float:
-    """The metric at the last validation of a run."""
-    return [line[metric] for line in validations(work_dir) if metric in line][-1]
+    """The metric at the last validation of a run; NaN where there is none."""
+    return next((line[metric] for line in reversed(validations(work_dir)) if metric in line), math.nan)
 
 
 def validations(work_dir: Path) -> list[dict[str, Any]]:
@@ -82,8 +84,9 @@ def default_margin(metric: str) -> float | None:
 
 
 def is_loss(metric: str) -> bool:
-    """Whether lower values of a metric are better, by its name."""
-    return "loss" in metric.lower()
+    """Whether lower values of a metric are better, by a word of its name: ``decode.loss_ce``, not ``lossless``."""
+    words = re.findall(r"[A-Z]*[a-z]+|[A-Z]+", metric)
+    return any(word.lower() in ("loss", "losses") for word in words)
 
 
 def labelled(metric: str) -> str:

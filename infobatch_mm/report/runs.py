@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -60,17 +61,19 @@ def read_arm(
         wall_time_s (float): Its wall-clock.
         fine_tuned (Path, optional): Where a run that started from its last checkpoint left its log, which then
             has the metric; visits and wall-clock stay those of the run itself.
-        length (int): In that case, the epochs or iterations that the run's config says.
+        length (int): The epochs or iterations that the run's config says, for a run whose own log has no metric.
 
     Returns:
-        Arm: Visits are counted as they were made: a pruned run's from its summary.
+        Arm: Visits are counted as they were made: a pruned run's from its summary. Its metric is NaN where it was
+        never measured.
     """
     summary = read_summary(work_dir)
+    if summary is not None and schedule.loop == "iterations":
+        length = summary["iterations"]
     if fine_tuned is None:
         points = [(line["step"], line[metric]) for line in validations(work_dir) if metric in line]
+        points = points or [(length, math.nan)]
     else:
-        if summary is not None and schedule.loop == "iterations":
-            length = summary["iterations"]
         points = [(length, last_value(fine_tuned, metric))]
     steps, quality = [step for step, _ in points], [value for _, value in points]
     kept = [] if summary is None else summary["per_pass"]

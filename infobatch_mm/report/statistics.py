@@ -11,6 +11,8 @@ from scipy.stats import t as student
 
 #: Chance that one of the intervals of a family misses the true difference.
 _ERROR = 0.05
+# Differences whose spread is no larger than this share of the values themselves are equal: it is rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    @property
+    def has_width(self) -> bool:
+        """Whether the differences had a spread; without one, an interval says nothing of the next seed."""
+        return self.low < self.high
 
     def negated(self) -> Interval:
         """The interval of the differences with the other sign."""
@@ -45,24 +52,25 @@ def confidence(num_arms: int) -> float:
     return 1 - _ERROR / num_arms
 
 
-def paired_interval(differences: Sequence[float], level: float) -> Interval | None:
+def paired_interval(differences: Sequence[float], level: float, scale: float = 0.0) -> Interval | None:
     """Student's t interval of the mean of paired differences.
 
     Args:
         differences (Sequence[float]): One for each seed. Both arms of a pair have the seed in common, so that what it
             gives to both is no spread.
         level (float): Confidence, in (0, 1).
+        scale (float): Largest absolute value that a difference was taken of. Defaults to 0: the differences' own.
 
     Returns:
         Interval | None: None where there is one seed, or where a difference is not finite. Of no width where all
-        differences are equal: the formula's own limit.
+        differences are equal, but for rounding: the formula's own limit.
     """
     count = len(differences)
     if count < 2 or not all(map(math.isfinite, differences)):
         return None
     mean = statistics.fmean(differences)
     spread = statistics.stdev(differences)
-    if spread == 0:  # scipy's own interval would be NaN
+    if spread <= _ROUNDING * max(scale, *map(abs, differences)):
         return Interval(mean, mean, mean)
     half = float(student.ppf((1 + level) / 2, count - 1)) * spread / math.sqrt(count)
     return Interval(mean, mean - half, mean + half)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -38,8 +39,14 @@ def comparison_table(
         result.add_row(arm, quality, *(spread([rows[arm][key] for rows in seeds], ",.0f") for key in costs))
     # By seed: what two arms of a seed have in common does not count as spread.
     for arm in pruned:
-        gained = spread([rows[arm][metric] - rows["baseline"][metric] for rows in seeds], f"+.{decimals}f")
-        saved = ([1 - rows[arm][key] / rows["baseline"][key] for rows in seeds] for key in costs)
+        gains = spread([rows[arm][metric] - rows["baseline"][metric] for rows in seeds], f"+.{decimals}f")
+        saved = ([saved_share(rows, arm, key) for rows in seeds] for key in costs)
         label = "saved" if len(pruned) == 1 else f"saved by {arm}"
-        result.add_row(label, f"({gained})", *(spread(values, ".1%") for values in saved))
+        result.add_row(label, "-" if gains == "-" else f"({gains})", *(spread(values, ".1%") for values in saved))
     return result
+
+
+def saved_share(rows: Rows, arm: str, key: str) -> float:
+    """Share of a cost of the baseline that an arm saved; NaN where the baseline had none."""
+    full = rows["baseline"][key]
+    return 1 - rows[arm][key] / full if full else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,21 +48,22 @@ def _differences(axes: Axes, found: Sequence[Verdict], arms: Sequence[str]) -> N
     colour = colours(arms)
     for each in found:
         height = arms.index(each.arm)
+        measured = [difference for difference in each.differences.values() if math.isfinite(difference)]
         axes.plot(
-            list(each.differences.values()),
-            [height - 0.22] * len(each.differences),
+            measured,
+            [height - 0.22] * len(measured),
             "|",
             color=colour[each.arm],
             alpha=0.6,
             markersize=7,
         )
-        axes.plot(each.mean, height, "o", color=colour[each.arm], markersize=6)
+        middle = each.mean if math.isfinite(each.mean) else 0.0  # where the words stand
+        if middle == each.mean:
+            axes.plot(each.mean, height, "o", color=colour[each.arm], markersize=6)
         if each.interval is not None:
             ends = [each.interval.low, each.interval.high]
             axes.plot(ends, [height, height], "-", color=colour[each.arm], linewidth=2.5)
-        axes.annotate(
-            each.words, (each.mean, height), (0, -11), textcoords="offset points", ha="center", fontsize="small"
-        )
+        axes.annotate(each.words, (middle, height), (0, -11), textcoords="offset points", ha="center", fontsize="small")
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.4, -0.6)

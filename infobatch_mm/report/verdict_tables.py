@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -16,6 +17,7 @@ _MEANINGS = {
     "worse": "than a control; the whole interval is on the worse side of zero.",
     "undecided": "more seeds are needed.",
 }
+_SHORT_WORDS = 26
 
 
 def verdict_table(
@@ -39,13 +41,16 @@ def verdict_table(
         result.add_column(column, overflow="fold")
     result.add_column(f"difference in {labelled(metric)}", justify="right")
     result.add_column(f"{level} interval", justify="right")
-    result.add_column("verdict", no_wrap=True)
+    # Short words are never broken; reasons for having none leave room for the numbers.
+    result.add_column("verdict", no_wrap=max(len(each.words) for each in found) <= _SHORT_WORDS, overflow="fold")
     form = f"+.{decimals}f"
     for each in found:
         ends = "-"
         if each.interval is not None:
             ends = f"{format(each.interval.low, form)} to {format(each.interval.high, form)}"
-        result.add_row(each.arm, _opponent(each), format(each.mean, form), ends, each.words)
+        result.add_row(
+            each.arm, _opponent(each), format(each.mean, form) if math.isfinite(each.mean) else "-", ends, each.words
+        )
     return result
 
 
@@ -72,6 +77,6 @@ def how_to_read(found: Sequence[Verdict], lower_is_better: bool) -> str:
     # Only words that were said: none is to be read into a table that does not have it.
     said = " ".join(each.words for each in found)
     lines += [f"{word}: {meaning}" for word, meaning in _MEANINGS.items() if word in said]
-    if any(each.interval is not None and each.interval.low == each.interval.high for each in found):
-        lines.append("An interval of no width: the differences of all seeds are equal.")
+    if any(each.interval is not None and not each.interval.has_width for each in found):
+        lines.append("An interval of no width: the differences of all seeds are equal, which is no certainty.")
     return "\n".join(lines)

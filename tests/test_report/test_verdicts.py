@@ -121,7 +121,7 @@ def test_one_seed_and_unmeasured_metrics_give_no_verdict() -> None:
 
 
 def test_the_table_and_the_figure_say_how_they_are_to_be_read(tmp_path: Path) -> None:
-    seeds = {seed: rows("mIoU", baseline=50.0 + seed, a=49.9 + seed, b=45.0, short=48.0) for seed in (0, 1, 2)}
+    seeds = {seed: rows("mIoU", baseline=50.0 + seed, a=49.9 + 1.1 * seed, b=45.0, short=48.0) for seed in (0, 1, 2)}
     opponents = {"a": {"full": "baseline", "shortened": "short"}, "b": {"full": "baseline", "shortened": "short"}}
     found = verdicts("mIoU", seeds, opponents, 0.5, False)
     console = Console(width=160, record=True, file=(tmp_path / "out.txt").open("w"))

@@ -73,8 +73,8 @@ def test_iterations_are_shortened_after_the_warm_up() -> None:
     assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 50), (50, 150)]
 
 
-def test_epochs_are_shortened_to_the_nearest() -> None:
-    for visits, max_epochs in ((1449, 14), (1451, 15)):
+def test_epochs_are_rounded_up_where_more_than_a_hundredth_would_be_missing() -> None:
+    for visits, max_epochs in ((1410, 14), (1449, 15), (1451, 15)):
         cfg = short(epochs(), visits)
         assert cfg.train_cfg.max_epochs == max_epochs
         warm_up, cosine = cfg.param_scheduler
@@ -244,12 +244,12 @@ def test_all_arms_are_trained_and_kept(
     assert calls == {
         "baseline": common,
         "infobatch": common,
-        "shortened": [*common, "train_cfg.max_epochs=3", "param_scheduler.0.T_max=3"],
+        "shortened": [*common, "train_cfg.max_epochs=4"],  # three would be 28 visits too few
         # 72 saved of the 400 that four passes before 0.875 of the training visit
         "random": [*common, "custom_hooks.0.policy=random", "custom_hooks.0.prune_ratio=0.180000"],
     }
     result = json.loads((tmp_path / "out/comparison.json").read_text())
-    top1, visits = "accuracy/top1", {"baseline": 400, "infobatch": 328, "shortened": 300, "random": 328}
+    top1, visits = "accuracy/top1", {"baseline": 400, "infobatch": 328, "shortened": 400, "random": 328}
     assert result["metric"] == top1
     assert {arm: result[arm]["visits"] for arm in visits} == visits
     assert {arm: result[arm][top1] for arm in visits} == dict(baseline=80, infobatch=79, shortened=70, random=75)
@@ -333,7 +333,7 @@ def test_a_pre_training_has_the_quality_of_the_fine_tuning_after_it(
     assert len({work_dir for _, work_dir, _ in calls}) == len(calls) == 9
     result = json.loads(Path("out/comparison.json").read_text())
     assert {arm: result[arm]["mIoU"] for arm in quality} == quality
-    visits = dict(baseline=400, infobatch=328, shortened=300, random=328, scratch=0)
+    visits = dict(baseline=400, infobatch=328, shortened=400, random=328, scratch=0)
     if not by_epoch:  # 52 batches of 8 are 416 visits; the pruned runs' iterations are those of their summary
         visits = dict(baseline=416, infobatch=42 * 8, shortened=41 * 8, random=41 * 8, scratch=0)
     assert {arm: result[arm]["visits"] for arm in visits} == visits
@@ -495,4 +495,4 @@ def test_the_classification_demo_learns_and_saves(tmp_path: Path) -> None:
     assert 0.15 < result["saved_ratio"] < 0.35
     visits = {arm: result[arm]["visits"] for arm in ("infobatch", "shortened", "random")}
     assert visits["random"] == pytest.approx(visits["infobatch"], rel=0.02)
-    assert visits["shortened"] == pytest.approx(visits["infobatch"], abs=1000)
+    assert -0.01 * visits["infobatch"] <= visits["shortened"] - visits["infobatch"] <= 2000  # whole epochs, rounded up

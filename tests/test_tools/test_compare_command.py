@@ -74,7 +74,7 @@ class Trainings:
         folder = work_dir / f"20260101_00000{len(self.calls)}/vis_data"
         folder.mkdir(parents=True)
         pruned = any(hook["type"] == "InfoBatchHook" for hook in cfg.custom_hooks)
-        top1 = 80.0 - pruned * 0.1 + cfg.randomness.seed + len(arm) * 0.01
+        top1 = 80.0 - pruned * (0.1 + 0.01 * cfg.randomness.seed) + cfg.randomness.seed + len(arm) * 0.01
         last = cfg.train_cfg.max_epochs
         if arm == self.interrupted:
             alive(7.0)

@@ -114,7 +114,8 @@ def test_a_killed_comparison_goes_on_and_its_verdicts_are_those_of_its_rows(tmp_
         rows = result["rows"][seed]
         assert all(rows[arm]["visits"] < rows["baseline"]["visits"] == 280 for arm in POLICIES)
         for arm, controls in result["controls"].items():
-            assert abs(rows[controls["shortened"]]["visits"] - rows[arm]["visits"]) <= 35  # whole epochs
+            more = rows[controls["shortened"]]["visits"] - rows[arm]["visits"]
+            assert -0.01 * rows[arm]["visits"] <= more <= 70  # whole epochs of 70, rounded up
             assert abs(rows[controls["smaller"]]["visits"] - rows[arm]["visits"]) <= 9  # a sample a step
             assert rows[controls["smaller"]]["iterations"] == rows["baseline"]["iterations"]
     assert (tmp_path / "out/verdicts.png").stat().st_size > 10_000
@@ -140,6 +141,10 @@ def check_verdicts(result: dict[str, Any]) -> None:
         mean, half = statistics.mean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(2)
         assert list(each["differences"].values()) == pytest.approx(gaps)
         assert each["interval"] == pytest.approx([mean - half, mean + half])
+        pairs = [(rows[each["arm"]]["visits"], rows[other]["visits"]) for rows in result["rows"].values()]
+        if statistics.stdev(gaps) < 1e-7:  # accuracies of few images
+            assert each["words"] == "undecided: all differences are equal"
+            continue
         if each["against"] == "full":
             expected = "lossless" if mean - half > -10 else "inferior" if mean + half < -10 else "undecided"
         else:
@@ -147,4 +152,8 @@ def check_verdicts(result: dict[str, Any]) -> None:
             expected = (
                 f"better than {name}" if mean - half > 0 else f"worse than {name}" if mean + half < 0 else "undecided"
             )
-        assert each["words"] == expected
+            if (expected.startswith("worse") and any(its > 1.01 * own for own, its in pairs)) or (
+                not expected.startswith("worse") and any(its < 0.99 * own for own, its in pairs)
+            ):
+                expected = "no verdict: the control made"
+        assert each["words"].startswith(expected)

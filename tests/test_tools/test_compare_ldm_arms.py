@@ -51,10 +51,15 @@ def test_arms_are_flags_of_the_training(tmp_path: Path) -> None:
         (dict(train_batch_size=8), "train_batch_size: 16 unpruned, 8 of infobatch"),
         (dict(lr_scheduler="cosine"), "lr_scheduler: 'constant' unpruned, 'cosine' of infobatch"),
         (dict(adam_beta2=0.9), "adam_beta2: 0.999 unpruned, 0.9 of infobatch"),
+        (dict(snr_gamma=5.0), "snr_gamma: None unpruned, 5.0 of infobatch"),
+        (dict(num_epochs=200), "num_epochs: 100 unpruned, 200 of infobatch"),
+        (dict(mixed_precision="fp16"), "mixed_precision: 'no' unpruned, 'fp16' of infobatch"),
+        (dict(prediction_type="v_prediction"), "prediction_type: 'epsilon' unpruned, 'v_prediction' of infobatch"),
+        (dict(eval_data_dir="other"), "eval_data_dir: None unpruned, 'other' of infobatch"),
     ],
-    ids=["batch size", "schedule", "optimiser"],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
 )
-def test_an_arm_of_another_optimiser_is_refused(
+def test_an_arm_of_other_options_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], option: dict[str, Any], message: str
 ) -> None:
     full, pruned = recipe(tmp_path / "full.yaml"), recipe(tmp_path / "pruned.yaml", **option)
@@ -66,6 +71,30 @@ def test_an_arm_of_another_optimiser_is_refused(
     check_twins(full, arms(full, pruned), [f"--{name}", str(value)])  # which all runs then have
 
 
+def test_pruning_and_output_may_differ(tmp_path: Path) -> None:
+    free = dict(prune_ratio=0.3, delta=1.0, score="raw", save_images_epochs=3, checkpointing_steps=7, logger="none")
+    full, pruned = recipe(tmp_path / "full.yaml"), recipe(tmp_path / "pruned.yaml", **free)
+    check_twins(full, arms(full, pruned), [])
+    averaged = recipe(tmp_path / "averaged.yaml", use_ema="true")
+    with pytest.raises(ValueError, match="use_ema: False unpruned, True of infobatch"):
+        check_twins(full, arms(full, averaged), [])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_without_held_out_images_it_is_said_that_there_are_no_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], measured: bool
+) -> None:
+    def stop(*_: Any) -> None:
+        raise SystemExit("to be trained")
+
+    monkeypatch.setattr(compare_ldm, "train_arms", stop)
+    more = dict(eval_data_dir="images") if measured else {}
+    full, pruned = recipe(tmp_path / "full.yaml", **more), recipe(tmp_path / "pruned.yaml", **more)
+    with pytest.raises(SystemExit, match="to be trained"):
+        compare_ldm.main([full, pruned, "--work_dir", str(tmp_path / "out")])
+    assert ("there will be no verdicts" in capsys.readouterr().err) is not measured
+
+
 def test_a_control_prunes_as_long_as_its_arm(tmp_path: Path) -> None:
     full = recipe(tmp_path / "full.yaml", num_epochs=10)
     (pruned,) = arms(full, policies=["random:delta=1.0"]).values()
@@ -73,5 +102,8 @@ def test_a_control_prunes_as_long_as_its_arm(tmp_path: Path) -> None:
     flags = control_flags(Control("random", "random", "arm"), ["--config", full], pruned, summary)
     options = parse_options([*flags, "--output_dir=."])
     assert (options.policy, options.prune_ratio, options.delta) == ("random", 0.4, 1.0)
-    flags = control_flags(Control("shortened", "shortened", "arm"), ["--config", full], pruned, summary)
+    control = Control("shortened", "shortened", "arm")
+    flags = control_flags(control, ["--config", full], pruned, summary)
     assert parse_options([*flags, "--output_dir=."]).num_epochs == 6
+    flags = control_flags(control, ["--config", full], pruned, {**summary, "visits": 610})
+    assert parse_options([*flags, "--output_dir=."]).num_epochs == 7  # six would be 10 visits too few

@@ -589,7 +589,7 @@ def test_controls_of_a_training_in_steps_are_as_long() -> None:
     )
     assert compare_ldm.shortened(args, summary) == ["--max_train_steps", "19"]
     args.max_train_steps = None
-    assert compare_ldm.shortened(args, summary) == ["--num_epochs", "3"]
+    assert compare_ldm.shortened(args, summary) == ["--num_epochs", "4"]
     schedule = compare_ldm.passes_of(summary)
     assert schedule.num_passes == 5 and schedule.full_visits(4) == 11
     assert random_ratio(schedule, summary) == pytest.approx(29 / 88)  # the last pass starts after delta
@@ -631,7 +631,8 @@ def test_the_comparison_trains_twins_and_controls(
     assert list(rows) == ["baseline", "infobatch", "shortened", "random"]
     assert rows["baseline"]["visits"] == 5 * IMAGES > rows["infobatch"]["visits"]
     assert rows["shortened"]["visits"] % IMAGES == 0
-    assert abs(rows["shortened"]["visits"] - rows["infobatch"]["visits"]) <= IMAGES / 2
+    # Rounded up, so that the control is no easier to beat.
+    assert 0 <= rows["shortened"]["visits"] - rows["infobatch"]["visits"] <= IMAGES
     assert abs(rows["random"]["visits"] - rows["infobatch"]["visits"]) <= 4 * 5  # batches are full
     assert (work_dir / "samples.png").is_file()
     assert "held_out_loss" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from .configs import is_by_epoch
 from .controls import at_random, schedule_of, smaller, unweighted
 from .lives import settings_of, train_once
 from .pruned_arms import PrunedArm
-from .record import record_of
+from .record import place_for, record_of
 from .request import Request
 from .sharing import Control, Family, assign, reasons_against
 from .shortening import shortened
@@ -52,6 +52,7 @@ class Arms:
 
     Attributes:
         trained (dict[str, Training]): The arms so far, by name.
+        left_out (list[str]): Controls that this seed cannot have, and why, in words.
     """
 
     def __init__(self, request: Request, pruned: list[PrunedArm], seed: int, work_dir: Path, cfg: Config) -> None:
@@ -59,6 +60,9 @@ class Arms:
         self.pruned = {arm.name: arm for arm in pruned}
         self.work_dir = work_dir
         self.trained: dict[str, Training] = {}
+        self.left_out: list[str] = []
+        self._folders: dict[str, Path] = {}
+        self._seed_number = seed
         self._cfg = cfg
         self._seed = f"randomness.seed={seed}"
         self._options = [*request.cfg_options, self._seed]
@@ -91,7 +95,14 @@ class Arms:
         for control in controls:
             pruned = control.kind != "shortened"
             config = self.pruned[control.owner].config if pruned else self.request.unpruned
-            self._train(control.name, config, self._control_options(control), progress)
+            try:
+                options = self._control_options(control)
+            except ValueError as error:  # the visits of this seed are others than the first one's
+                self.left_out.append(f"no control '{control.name}' in seed {self._seed_number}: {error}")
+                continue
+            settings = settings_of(config, [*self._options, *options])
+            self._folders[control.name] = place_for(self._folder(control.name), settings)
+            self._train(control.name, config, options, progress)
         if self.request.then is not None:
             self._fine_tune("scratch", self.request.then, "=None", progress)
 
@@ -122,19 +133,21 @@ class Arms:
         seconds = train_once(name, config, self._folder(name), options, progress)
         self.trained[name] = Training(config, options, seconds)
         if self.request.then is not None:
-            start = f".checkpoint={last_checkpoint(self._folder(name))}"
-            self._fine_tune(name, self.request.then, start, progress)
+            checkpoint = last_checkpoint(self._folder(name))
+            self._fine_tune(name, self.request.then, f".checkpoint={checkpoint}", progress, Path(checkpoint))
 
-    def _fine_tune(self, name: str, config: Path, start: str, progress: Progress) -> None:
-        options = [*self.request.then_options, self._seed, f"model.backbone.init_cfg{start}"]
-        train_once(f"{name}, fine-tuned", config, self._measured(name), options, progress)
+    def _fine_tune(self, name: str, config: Path, change: str, progress: Progress, start: Path | None = None) -> None:
+        options = [*self.request.then_options, self._seed, f"model.backbone.init_cfg{change}"]
+        train_once(f"{name}, fine-tuned", config, self._measured(name), options, progress, start)
 
     def _folder(self, name: str) -> Path:
-        return self.work_dir / folder_of(name)
+        return self._folders.get(name, self.work_dir / folder_of(name))
 
     def _measured(self, name: str) -> Path:
         """The folder whose log has the metric of an arm: a fine-tuning's where there is one."""
-        return self._folder(name) if self.request.then is None else self.work_dir / "fine-tuned" / folder_of(name)
+        return (
+            self._folder(name) if self.request.then is None else self.work_dir / "fine-tuned" / self._folder(name).name
+        )
 
     def _summary(self, name: str) -> dict[str, Any]:
         summary = read_summary(self._folder(name))

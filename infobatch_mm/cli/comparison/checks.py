@@ -11,12 +11,12 @@ from mmengine.config import Config
 
 from ..config import merged
 from .building import check_built
-from .configs import hook_index, missing_data, optimiser_settings, untwinned
+from .configs import hook_index, length_of, missing_data, optimiser_settings, untwinned
 from .controls import schedule_of
 from .pruned_arms import pruned_arms, write_config
 from .request import Request
 from .settings import differing
-from .shortening import shortened
+from .shortening import shortened, unmoved_points
 
 
 def check(parser: argparse.ArgumentParser, request: Request) -> Config:
@@ -44,8 +44,8 @@ def check(parser: argparse.ArgumentParser, request: Request) -> Config:
             f"the data set {missing} is not there: draw it (make demo-data, make demo-shapes), or say where it is "
             "with data_root="
         )
-    if request.policies and hook_index(cfg) is not None:
-        parser.error(f"--policies: {request.unpruned} has an InfoBatchHook already: give the unpruned config")
+    if hook_index(cfg) is not None:
+        parser.error(f"{request.unpruned} has an InfoBatchHook already: give the unpruned config first")
     if request.then is not None:
         _check_fine_tuning(parser, request, request.then, cfg)
     else:
@@ -53,10 +53,7 @@ def check(parser: argparse.ArgumentParser, request: Request) -> Config:
             if not each.get("val_evaluator"):
                 parser.error(f"{config} has no val_evaluator: there would be nothing to compare by")
     if "shortened" in request.controls:
-        try:
-            shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
-        except ValueError as error:
-            parser.error(f"the control 'shortened': {error}")
+        _check_shortening(parser, cfg)
     _check_that_all_can_be_built(parser, request)
     return cfg
 
@@ -75,6 +72,19 @@ def _check_that_all_can_be_built(parser: argparse.ArgumentParser, request: Reque
         check_built(parser, {request.then: request.then_options})
 
 
+def _check_shortening(parser: argparse.ArgumentParser, cfg: Config) -> None:
+    """Refuse a config that cannot be shortened; warn of what stays where it is."""
+    try:
+        shortened(cfg, schedule_of(cfg, cfg.train_dataloader.batch_size), 1)
+    except ValueError as error:
+        parser.error(f"the control 'shortened': {error}")
+    if points := unmoved_points(cfg):
+        print(
+            f"the control 'shortened': {', '.join(points)} of its hooks stay where they are, though it ends earlier",
+            file=sys.stderr,
+        )
+
+
 def _check_pair(parser: argparse.ArgumentParser, request: Request, path: Path, cfg: Config, pruned: Config) -> None:
     """Refuse two configs that are no pair; warn where they differ in what a user may have meant."""
     if hook_index(pruned) is None:
@@ -85,6 +95,11 @@ def _check_pair(parser: argparse.ArgumentParser, request: Request, path: Path, c
     if pruned.train_dataloader.dataset != cfg.train_dataloader.dataset:
         parser.error(f"{path} trains on other data than {request.unpruned}: give a config and its pruned twin")
     names = (f"in {request.unpruned.name}", f"in {path.name}")
+    if differ := differing(length_of(cfg), length_of(pruned), names):
+        parser.error(
+            f"{path} has another length of training than {request.unpruned} ({differ}): the comparison would be of "
+            "these, and not of the pruning; make them equal"
+        )
     if differ := differing(optimiser_settings(cfg), optimiser_settings(pruned), names):
         parser.error(
             f"{path} has other optimiser settings than {request.unpruned} ({differ}): the comparison would be of "

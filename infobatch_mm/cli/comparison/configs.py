@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-#: Where a pruned config may differ from its twin: the hook, and what says nothing of the training.
-_FREE = {"custom_imports", "custom_hooks", "work_dir", "launcher", "resume", "load_from"}
+#: Where a pruned config may differ from its twin: what says nothing of the training. Hooks are compared one by one.
+_FREE = {"custom_imports", "custom_hooks", "work_dir", "launcher"}
 
 # What would be compared in place of the pruning, where two arms differ in it.
 _OPTIMISER = ("optim_wrapper", "param_scheduler", "auto_scale_lr")
@@ -23,8 +23,12 @@ def is_by_epoch(cfg: Config) -> bool:
 
 def hook_index(cfg: Config) -> int | None:
     """Which of the config's ``custom_hooks`` is InfoBatch's; None where it has none."""
-    types = [str(hook.get("type")) for hook in cfg.get("custom_hooks") or []]
-    return next((i for i, name in enumerate(types) if "InfoBatchHook" in name), None)
+    return next((i for i, hook in enumerate(cfg.get("custom_hooks") or []) if _is_ours(hook)), None)
+
+
+def _is_ours(part: Any) -> bool:
+    """Whether a part of a config, a hook or a sampler, is one of InfoBatch's."""
+    return isinstance(part, dict) and "InfoBatch" in str(part.get("type"))
 
 
 def missing_data(cfg: Config) -> Path | None:
@@ -50,10 +54,26 @@ def _datasets(dataset: Any) -> Iterator[Any]:
 def untwinned(cfg: Config, pruned: Config) -> list[str]:
     """Settings in which two configs differ, apart from the hook and what it may be written out as."""
     one, other = ({key: each[key] for key in each if key not in _FREE} for each in (cfg.to_dict(), pruned.to_dict()))
+    ours = _is_ours(other.get("train_dataloader", {}).get("sampler"))
     for each in (one, other):
-        each["train_dataloader"] = {**each.get("train_dataloader", {}), "sampler": None}
+        if ours:
+            each["train_dataloader"] = {**each.get("train_dataloader", {}), "sampler": None}
         each["train_cfg"] = {**each.get("train_cfg", {}), "type": None, "by_epoch": None}
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+    found = sorted(key for key in one.keys() | other.keys() if (one.get(key) or None) != (other.get(key) or None))
+    return found + _other_hooks(cfg, pruned)
+
+
+def _other_hooks(cfg: Config, pruned: Config) -> list[str]:
+    """Hooks beside InfoBatch's that one of two configs lacks, or has with other settings."""
+    one, other = ([hook for hook in each.get("custom_hooks") or [] if not _is_ours(hook)] for each in (cfg, pruned))
+    lone = [hook for hook in one if hook not in other] + [hook for hook in other if hook not in one]
+    names = [str(hook.get("type") if isinstance(hook, dict) else type(hook).__name__) for hook in lone]
+    return [f"custom_hooks ({name})" for name in dict.fromkeys(names)]
+
+
+def length_of(cfg: Config) -> dict[str, Any]:
+    """How long a config trains: its epochs, or its iterations."""
+    return {key: cfg.train_cfg[key] for key in ("max_epochs", "max_iters") if key in cfg.train_cfg}
 
 
 def optimiser_settings(cfg: Config) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""The control runs of a comparison: the options that make them as many visits as the pruned run made."""
+"""The control runs of a comparison: the options by which they make about as many visits as the pruned run made."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...core import EpochSchedule, IterSchedule, PruningPolicy, Schedule, build_policy
@@ -11,6 +12,9 @@ from .configs import hook_index, is_by_epoch
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+
+# Arguments of a policy by which each step changes the model.
+_STEP = ("keep", "lr_rule", "rescale")
 
 
 def schedule_of(cfg: Config, num_samples: int) -> Schedule:
@@ -47,6 +51,8 @@ def policy_of(cfg: Config, **changes: Any) -> PruningPolicy:
 def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[str]:
     """Options that make the pruned run prune at random, as many visits as it saved; see :func:`random_ratio`.
 
+    Its steps are as many, and its learning rates and weights follow the same rules, as in the pruned run.
+
     Args:
         cfg (Config): The pruned config.
         schedule (Schedule): Its :func:`schedule_of`.
@@ -54,8 +60,16 @@ def at_random(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[
 
     Returns:
         list[str]: For ``--cfg-options``.
+
+    Raises:
+        ValueError: If random pruning cannot follow these rules, or batches cannot be made that small.
     """
     delta = delta_of(summary)
+    if step := step_rules(policy_of(cfg).settings()):
+        # Smaller batches are coarse: a target makes up for that over the passes.
+        by_target = step.get("keep") == "steps"
+        how = how_much(summary) if by_target else {"prune_ratio": round(random_ratio(schedule, summary), 6)}
+        return _random(cfg, schedule, {"delta": delta, **how, **step})
     options: dict[str, Any] = {"policy": "random", "prune_ratio": f"{random_ratio(schedule, summary):.6f}"}
     if _hook(cfg).get("delta") != delta:
         options["delta"] = delta
@@ -78,14 +92,7 @@ def smaller(cfg: Config, schedule: Schedule, summary: dict[str, Any]) -> list[st
     """
     if schedule.batch_size < 2:
         raise ValueError(f"batches of {schedule.batch_size} cannot be made smaller")
-    policy = {"type": "random", "keep": "steps", "delta": 1.0, **how_much(summary), **lr_rule_of(summary)}
-    num_samples = schedule.num_samples
-    share = max(schedule.batch_size, schedule.full_batches(0)) / num_samples  # a sample for each step at least
-    build_policy(policy).check_length(min(1.0, num_samples / schedule.total_samples), share)
-    options = {f"policy.{key}": value for key, value in policy.items()}
-    if "policy" in _hook(cfg):
-        options = {"policy._delete_": True, **options}
-    return _set(cfg, options, unset=("prune_ratio", "delta", "score", "score_ema"))
+    return _random(cfg, schedule, {"keep": "steps", "delta": 1.0, **how_much(summary), **lr_rule_of(summary)})
 
 
 def unweighted(cfg: Config) -> list[str]:
@@ -143,9 +150,31 @@ def how_much(summary: dict[str, Any]) -> dict[str, float]:
     return {"target_saving": saving} if saving > 0 else {"prune_ratio": 0.0}
 
 
+def step_rules(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a policy that decide how many steps there are, and how large each is, as far as they are not the
+    usual ones.
+
+    Args:
+        settings (Mapping): Of a policy, or the summary of its run.
+    """
+    return {key: settings[key] for key in _STEP if key in settings}
+
+
 def lr_rule_of(summary: dict[str, Any]) -> dict[str, str]:
     """Argument of a policy that treats the learning rate of smaller batches as a pruned run did."""
     return {"lr_rule": summary["lr_rule"]} if "lr_rule" in summary else {}
+
+
+def _random(cfg: Config, schedule: Schedule, arguments: dict[str, Any]) -> list[str]:
+    """Overrides by which a pruned config prunes at random, with these arguments and no others."""
+    policy = {"type": "random", **arguments}
+    num_samples = schedule.num_samples
+    share = max(schedule.batch_size, schedule.full_batches(0)) / num_samples  # a sample for each step at least
+    build_policy(policy).check_length(min(1.0, num_samples / schedule.total_samples), share)
+    options = {f"policy.{key}": value for key, value in policy.items()}
+    if "policy" in _hook(cfg):
+        options = {"policy._delete_": True, **options}
+    return _set(cfg, options, unset=("prune_ratio", "delta", "score", "score_ema"))
 
 
 def _hook(cfg: Config) -> Any:

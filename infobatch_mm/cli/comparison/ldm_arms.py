@@ -12,7 +12,8 @@ from ...diffusion.options import parse_options
 from .controls import delta_of, random_ratio
 from .settings import differing
 from .sharing import Control
-from .specs import Spec, check_names, check_spec, parse_spec
+from .shortening import whole
+from .specs import Spec, check_names, parse_specs
 
 #: An output folder for options that are only looked at.
 _NOWHERE = ("--output_dir", ".")
@@ -24,10 +25,12 @@ _OPTIONS = {
     "score": "--score",
     "score_ema": "--score_ema",
 }
-#: Options by which each step changes the model.
-_OPTIMISER = (
-    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "train_batch_size", "gradient_accumulation_steps"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "max_grad_norm"),
+#: Options in which an arm may differ from the unpruned run: its recipe, the pruning, and what is only about output.
+_FREE = (
+    *("config", "output_dir", "resume_from_checkpoint", "logger"),
+    *("policy", "prune_ratio", "delta", "prune_quantile", "score", "score_ema"),
+    *("checkpointing_steps", "checkpoints_total_limit"),
+    *("save_images_epochs", "eval_batch_size", "ddpm_num_inference_steps"),
 )
 #: Why some controls are not to be had.
 LEFT_OUT = {
@@ -53,10 +56,8 @@ def pruned_arms(args: argparse.Namespace) -> dict[str, list[str]]:
         names, recipes = list(args.scores), [[*recipes[0], "--score", score] for score in args.scores]
     elif len(names) == 1 and not args.policies:
         names = ["infobatch"]
-    for text in args.policies:
-        spec = parse_spec(text)
-        check_spec(spec)
-        names.append(text)
+    for spec in parse_specs(args.policies):
+        names.append(spec.text)
         recipes.append(["--config", args.full, *_flags(spec)])
     if not names:
         raise ValueError("there is no pruned arm: give a pruned recipe, or --policies")
@@ -75,7 +76,7 @@ def _flags(spec: Spec) -> list[str]:
 
 
 def check_twins(full: str, arms: dict[str, list[str]], options: Sequence[str]) -> None:
-    """Refuse an arm with another learning rate, schedule, batch size or optimiser than the unpruned run.
+    """Refuse an arm that differs from the unpruned run in more than pruning and output.
 
     Args:
         full (str): The unpruned recipe.
@@ -85,18 +86,18 @@ def check_twins(full: str, arms: dict[str, list[str]], options: Sequence[str]) -
     Raises:
         ValueError: With both values.
     """
-    baseline = _optimiser(["--config", full, *options])
+    baseline = _training_options(["--config", full, *options])
     for name, flags in arms.items():
-        if differ := differing(baseline, _optimiser([*flags, *options]), ("unpruned", f"of {name}")):
+        if differ := differing(baseline, _training_options([*flags, *options]), ("unpruned", f"of {name}")):
             raise ValueError(
-                f"{name} has other optimiser options than {full} ({differ}): the comparison would be of these, and not "
+                f"{name} has other options than {full} ({differ}): the comparison would be of these, and not "
                 "of the pruning; make them equal"
             )
 
 
-def _optimiser(flags: list[str]) -> dict[str, Any]:
+def _training_options(flags: list[str]) -> dict[str, Any]:
     options = vars(parse_options([*flags, *_NOWHERE]))
-    return {name: options[name] for name in _OPTIMISER}
+    return {name: value for name, value in options.items() if name not in _FREE}
 
 
 def control_flags(control: Control, full: list[str], pruned: list[str], summary: dict[str, Any]) -> list[str]:
@@ -121,7 +122,7 @@ def shortened(args: argparse.Namespace, summary: dict[str, Any]) -> list[str]:
             "--max_train_steps",
             str(max(1, round(args.max_train_steps * summary["visits"] / summary["visits_full"]))),
         ]
-    return ["--num_epochs", str(max(1, round(summary["visits"] / summary["num_samples"])))]
+    return ["--num_epochs", str(min(args.num_epochs, whole(summary["visits"], summary["num_samples"])))]
 
 
 def passes_of(summary: dict[str, Any]) -> EpochSchedule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def settings_of(config: Path, options: list[str]) -> dict[str, Any]:
     return as_plain(settings)
 
 
-def train_once(arm: str, config: Path, work_dir: Path, options: list[str], progress: Progress) -> float:
+def train_once(
+    arm: str, config: Path, work_dir: Path, options: list[str], progress: Progress, start: Path | None = None
+) -> float:
     """Train an arm unless it is done; go on from its last checkpoint where it was interrupted.
 
     Args:
@@ -35,6 +38,8 @@ def train_once(arm: str, config: Path, work_dir: Path, options: list[str], progr
         work_dir (Path): Where to.
         options (list[str]): For ``--cfg-options``.
         progress (Progress): Shows the training.
+        start (Path, optional): The checkpoint that its options name: one of the same name and other content makes it
+            another arm.
 
     Returns:
         float: Wall-clock of its lives in seconds, as far as it is known.
@@ -43,6 +48,8 @@ def train_once(arm: str, config: Path, work_dir: Path, options: list[str], progr
         SystemExit: If the folder holds an arm with other settings, or one that is being trained, or the training fails.
     """
     settings = settings_of(config, options)
+    if start is not None and start.is_file():
+        settings["start"] = {"sha256": _digest(start)}
     record = record_of(work_dir, settings)
     if record is not None and record.done:
         progress.console.print(f"{arm}: done before, in {work_dir}", highlight=False, markup=False, soft_wrap=True)
@@ -64,6 +71,14 @@ def train_once(arm: str, config: Path, work_dir: Path, options: list[str], progr
         record.wall_time_s, record.done = before + seconds, True
         record.write()
     return record.wall_time_s
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _has_checkpoint(work_dir: Path) -> bool:

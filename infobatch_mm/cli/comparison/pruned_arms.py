@@ -8,7 +8,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from .request import Request
-from .specs import Spec, check_names, check_spec, folder_of, parse_spec
+from .specs import Spec, check_names, folder_of, parse_specs
 
 _IMPORT = "infobatch_mm.engine"
 
@@ -38,9 +38,7 @@ def pruned_arms(request: Request, folder: Path) -> list[PrunedArm]:
     Raises:
         ValueError: If there are none, two of the same name, or a policy that cannot be made.
     """
-    specs = [parse_spec(text) for text in request.policies]
-    for spec in specs:
-        check_spec(spec)
+    specs = parse_specs(request.policies)
     configs = request.pruned
     if not specs and not configs:
         raise ValueError("there is no pruned arm: give a pruned config, or --policies")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,39 @@ def record_of(work_dir: Path, settings: dict[str, Any]) -> Record | None:
     Raises:
         SystemExit: If an arm with other settings was, with both values.
     """
-    path = work_dir / RECORD_FILE
-    if not path.is_file():
+    found = _read(work_dir)
+    if found is None:
         return None
-    found = json.loads(path.read_text())
     if differ := differing(found["settings"], as_plain(settings), ("there", "here")):
         raise SystemExit(
             f"{work_dir} holds an arm with other settings ({differ}): delete that folder, or use another --work-dir"
         )
     return Record(work_dir, found["settings"], float(found["wall_time_s"]), bool(found["done"]))
+
+
+def seed_of(work_dir: Path) -> int | None:
+    """The seed of the arm that a folder holds; None where nothing was begun."""
+    found = _read(work_dir)
+    return None if found is None else found["settings"].get("randomness", {}).get("seed")
+
+
+def place_for(work_dir: Path, settings: dict[str, Any]) -> Path:
+    """The first of a folder and its namesakes ``NAME-2``, ``NAME-3`` that holds no arm with other settings.
+
+    Controls go there: which visits ``random`` makes depends on what other arms there are.
+    """
+    namesakes = (work_dir.with_name(f"{work_dir.name}-{number}") for number in count(2))
+    return next(place for place in chain([work_dir], namesakes) if _is_free(place, settings))
+
+
+def _is_free(work_dir: Path, settings: dict[str, Any]) -> bool:
+    found = _read(work_dir)
+    return found is None or not differing(found["settings"], as_plain(settings), ("there", "here"))
+
+
+def _read(work_dir: Path) -> dict[str, Any] | None:
+    path = work_dir / RECORD_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Request:
         controls (list[str]): Kinds of controls, of :data:`.CONTROLS`.
         metric (str, optional): Name in the log of what runs are compared by.
         margin (float, optional): What a pruned run may be worse by than the full one, in units of the metric.
-        lower_is_better (bool): Whether the metric is a loss.
+        lower_is_better (bool, optional): Whether the metric is a loss; None to tell by its name.
         cfg_options (list[str]): Overrides of all configs, ``key=value``.
         then (Path, optional): Config of a fine-tuning from the last checkpoint of each run.
         then_options (list[str]): Overrides of the fine-tunings.
@@ -37,7 +37,7 @@ class Request:
     controls: list[str]
     metric: str | None
     margin: float | None
-    lower_is_better: bool
+    lower_is_better: bool | None
     cfg_options: list[str]
     then: Path | None
     then_options: list[str]
@@ -51,7 +51,8 @@ def add_statistics_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=list(CONTROLS),
         metavar="NAME",
-        help=f"also train controls with as many visits as each pruned arm: {', '.join(CONTROLS)} (without a name: all)",
+        help="also train controls with about as many visits as each pruned arm: "
+        f"{', '.join(CONTROLS)} (without a name: all)",
     )
     parser.add_argument("--shortened", action="store_true", help="--controls shortened: unpruned, for fewer passes")
     parser.add_argument("--random", action="store_true", help="--controls random: pruned at random, with weights")

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...report.logs import default_margin, is_loss
 from ...report.seeds import Rows
+from ...report.tables import saved_share
 from ...report.verdicts import Verdict, verdicts
 from ...report.versions import installed
 
@@ -29,20 +30,21 @@ class Question:
     lower_is_better: bool
 
 
-def question(metric: str, margin: float | None, lower_is_better: bool = False) -> Question:
+def question(metric: str, margin: float | None, lower_is_better: bool | None = None) -> Question:
     """What is asked of a metric where the user has not said all of it.
 
     Args:
         metric (str): Name of the metric.
         margin (float, optional): The user's.
-        lower_is_better (bool): The user's word; losses are known by their names. Defaults to False.
+        lower_is_better (bool, optional): The user's word. Defaults to None: losses are known by their names.
     """
-    return Question(metric, default_margin(metric) if margin is None else margin, lower_is_better or is_loss(metric))
+    margin = default_margin(metric) if margin is None else margin
+    return Question(metric, margin, is_loss(metric) if lower_is_better is None else lower_is_better)
 
 
 def saved_by(arms: Iterable[str], rows: Rows) -> dict[str, float]:
     """Share of the baseline's visits that each pruned arm saved."""
-    return {arm: 1 - rows[arm]["visits"] / rows["baseline"]["visits"] for arm in arms}
+    return {arm: saved_share(rows, arm, "visits") for arm in arms}
 
 
 def judged(asked: Question, seeds: Mapping[int, Rows], opponents: Mapping[str, Mapping[str, str]]) -> list[Verdict]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,8 +13,34 @@ _NAMED = 6
 
 
 def as_plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back: lists for tuples, names for classes and functions."""
-    return json.loads(json.dumps(settings, default=lambda each: getattr(each, "__qualname__", type(each).__name__)))
+    """Settings as JSON gives them back, equal only where the settings are.
+
+    Lists for tuples, texts for keys, names for classes and functions, ``'inf'`` for infinity, and for an instance its
+    attributes, or what it says of itself without its place in memory.
+    """
+    return json.loads(json.dumps(_plain(settings, ())))
+
+
+def _plain(value: Any, around: tuple[int, ...]) -> Any:
+    """A value without what JSON does not know; ``around`` are the ids of what it lies in."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if id(value) in around:
+        return "..."
+    around = (*around, id(value))
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): _plain(each, around) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each, around) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(each, around) for each in value), key=repr)
+    if (name := getattr(value, "__qualname__", None)) is not None:
+        return name
+    if type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+        return {"type": type(value).__qualname__, **_plain(vars(value), around)}
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def flat(settings: Any, name: str = "") -> dict[str, Any]:

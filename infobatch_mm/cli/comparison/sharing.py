@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ...report.verdicts import FULL
-from .controls import delta_of, lr_rule_of, smaller, unweighted
+from .controls import at_random, delta_of, lr_rule_of, smaller, step_rules, unweighted
 
 #: Controls of arms whose visits are no further apart than this share are one.
 _ALIKE = 0.01
@@ -84,6 +84,7 @@ def reasons_against(
     found = {}
     for arm, (cfg, summary) in arms.items():
         attempts: dict[str, Callable[[], object]] = {
+            "random": partial(at_random, cfg, schedule, summary),
             "smaller": partial(smaller, cfg, schedule, summary),
             "unweighted": partial(unweighted, cfg),
         }
@@ -100,7 +101,7 @@ def _serves(control: Control, kind: str, arm: str, arms: Mapping[str, dict[str, 
     if control.kind != kind or kind == "unweighted":  # which is the arm's own policy
         return False
     there, here = arms[control.owner], arms[arm]
-    if kind == "random" and delta_of(there) != delta_of(here):
+    if kind == "random" and (delta_of(there), step_rules(there)) != (delta_of(here), step_rules(here)):
         return False
     if kind == "smaller" and lr_rule_of(there) != lr_rule_of(here):
         return False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 from ...core import Schedule
@@ -12,16 +14,21 @@ from ...core import Schedule
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-# Settings of schedulers that are points in time, and those that are spans of it.
-_POINTS, _SPANS = ("begin", "end", "milestones"), ("T_max", "total_steps", "step_size")
+# Settings of schedulers that are points in time, those that are spans of it, and spans that follow one another.
+_POINTS, _SPANS, _CHAINS = ("begin", "end", "milestones"), ("T_max", "total_steps", "step_size"), ("periods",)
+# Settings of hooks that are points in time, such as switch_epoch, begin_iter and num_last_epochs.
+_POINTS_OF_HOOKS = re.compile(r"(^|_)(epochs?|iters?|begin|end)(_|$)")
+# What may be missing at the control's end, as a share of the visits of its arm.
+_MISSING = 0.01
 _WARM_UPS = ("Linear", "Constant", "Warmup")
 
 
 def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
     """Options that end the unpruned run after about as many visits, its learning-rate schedule shortened to them.
 
-    A warm-up keeps its length; what comes after it is brought to the new end in proportion. A setting that a
-    config leaves to the host, such as ``end``, follows by itself.
+    A warm-up keeps its length; what comes after it is brought to the new end in proportion, as is ``val_begin``. A
+    setting that a config leaves to the host, such as ``end``, follows by itself; the host validates the last epoch or
+    iteration whatever its ``val_interval``.
 
     Args:
         cfg (Config): The unpruned config.
@@ -36,9 +43,10 @@ def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
     """
     by_epoch = schedule.loop == "epochs"
     if by_epoch:
-        old, new = schedule.num_passes, max(1, round(visits / schedule.full_visits(0)))
+        old, new = schedule.num_passes, whole(visits, schedule.full_visits(0))
     else:
-        old, new = schedule.total_steps, max(1, visits // schedule.batch_size)
+        old, new = schedule.total_steps, whole(visits, schedule.batch_size)
+    new = min(old, new)
     schedulers = list(_schedulers(cfg))
     # Schedulers that count iterations in a loop of epochs have more of them.
     units = [schedule.full_batches(0) if by_epoch and not s.get("by_epoch", True) else 1 for _, s in schedulers]
@@ -49,10 +57,34 @@ def shortened(cfg: Config, schedule: Schedule, visits: int) -> list[str]:
             warm_up = max(warm_up, end)
 
     options = [f"train_cfg.{'max_epochs' if by_epoch else 'max_iters'}={new}"]
+    begin = cfg.train_cfg.get("val_begin", 1)
+    if begin > 1 and new < old:  # beyond the new end, nothing would be validated
+        options.append(f"train_cfg.val_begin={max(1, math.floor(begin * new / old))}")
     for (name, scheduler), unit in zip(schedulers, units, strict=True):
         changed = _changed(scheduler, _Shortening(old, new, warm_up, unit))
         options += [f"{name}.{key}={value}".replace(" ", "") for key, value in changed.items()]
     return options
+
+
+def whole(visits: int, each: int) -> int:
+    """Epochs or steps of so many visits each that make as many visits, at least one.
+
+    Rounded up where more than 1 % of the visits would be missing: a control with more visits is the harder opponent.
+    """
+    count = visits // each
+    return max(1, count if count * each >= (1 - _MISSING) * visits else count + 1)
+
+
+def unmoved_points(cfg: Config) -> list[str]:
+    """Points in time that hooks of a config have, such as ``PipelineSwitchHook.switch_epoch=9``; they stay."""
+    hooks = [*(cfg.get("custom_hooks") or []), *(cfg.get("default_hooks") or {}).values()]
+    return [
+        f"{hook.get('type')}.{key}={value}"
+        for hook in hooks
+        if isinstance(hook, dict)
+        for key, value in hook.items()
+        if _POINTS_OF_HOOKS.search(key) and isinstance(value, int) and not isinstance(value, bool) and value > 0
+    ]
 
 
 @dataclass(frozen=True)
@@ -83,19 +115,25 @@ def _changed(scheduler: Any, shortening: _Shortening) -> dict[str, Any]:
     """The settings of a scheduler that are others in the shortened run."""
     changed: dict[str, Any] = {}
     begin = scheduler.get("begin", 0)
-    for key in (*_POINTS, *_SPANS):
+    for key in (*_POINTS, *_SPANS, *_CHAINS):
         before = scheduler.get(key)
         if before is None:
             continue
         after: Any
-        if isinstance(before, (list, tuple)):
+        if key in _CHAINS:
+            ends = [shortening.moved(end) for end in accumulate(before, initial=begin)]
+            after = [max(1, end - start) for start, end in pairwise(ends)]
+        elif isinstance(before, (list, tuple)):
             after = [shortening.moved(point) for point in before]
         elif key in _SPANS:
             after = max(1, shortening.moved(begin + before) - shortening.moved(begin))
         else:
             after = shortening.moved(before)
-        if after != before:
+        if after != (list(before) if isinstance(before, tuple) else before):
             changed[key] = after
+    # The host refuses a scheduler without a step between its ends.
+    if changed.get("end", math.inf) <= (start := changed.get("begin", begin)):
+        changed["end"] = start + 1
     return changed
 
 

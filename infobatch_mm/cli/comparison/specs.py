@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...core import build_policy
+from ...core.recalibration import check_norm
 from ...core.score_rule import build_score
 
 #: Settings of the hook, and not of a policy.
@@ -40,7 +41,9 @@ def parse_spec(text: str) -> Spec:
     Raises:
         ValueError: If it cannot be read.
     """
-    name, _, rest = text.partition(":")
+    name, colon, rest = text.partition(":")
+    if colon and not rest.strip():
+        raise ValueError(f"--policies {text}: there is nothing after the colon: write NAME or NAME:key=value,key=value")
     given: dict[str, Any] = {}
     # A comma within a value is followed by no name.
     for part in re.split(r",(?=\s*[A-Za-z_]\w*=)", rest) if rest else []:
@@ -71,8 +74,26 @@ def check_spec(spec: Spec) -> None:
     try:
         build_policy(spec.policy)
         build_score(spec.hook.get("score"), spec.hook.get("score_ema"))
+        check_norm(spec.hook.get("norm"))
     except ValueError as error:
         raise ValueError(f"--policies {spec.text}: {error}") from error
+
+
+def parse_specs(texts: Sequence[str]) -> list[Spec]:
+    """Read and check what was typed after ``--policies``.
+
+    Raises:
+        ValueError: If one cannot be read or made, or two of them are the same arm in other words.
+    """
+    specs: list[Spec] = []
+    for text in texts:
+        spec = parse_spec(text)
+        check_spec(spec)
+        for other in specs:
+            if other.text != text and (other.policy, other.hook) == (spec.policy, spec.hook):
+                raise ValueError(f"--policies {other.text} and {text} are the same arm: leave one of them out")
+        specs.append(spec)
+    return specs
 
 
 def folder_of(name: str) -> str:
