@@ -462,7 +462,7 @@ def two_cut_short(folder: Path) -> None:
         (newest_cut_short, 6),
         pytest.param(newest_without_its_last_byte, 6, marks=pytest.mark.slow),
         pytest.param(newest_empty, 6, marks=pytest.mark.slow),
-        (two_cut_short, 3),
+        pytest.param(two_cut_short, 3, marks=pytest.mark.slow),
     ],
 )
 def test_resume_goes_on_from_the_newest_whole_checkpoint_with_a_warning(

@@ -16,7 +16,7 @@ from infobatch_mm.core import EpochSchedule, Plan, Pruner, Snapshot, build_polic
 from infobatch_mm.core.policy_registry import registered
 from infobatch_mm.core.rng import generator
 
-N, BATCH = 60, 4
+N, BATCH, DRAWS = 60, 4, 2000
 
 #: Arguments that a policy needs, or without which it prunes nothing of what these tests make up.
 NEEDED: dict[str, dict[str, Any]] = {
@@ -70,7 +70,7 @@ def test_the_weighted_sum_over_plans_is_the_sum_over_the_data(policy: PruningPol
         return
     values = torch.rand(N, generator=generator(8), dtype=torch.float64)
     sums = []
-    for seed in range(3000):
+    for seed in range(DRAWS):
         plan = drawn(policy, seed)
         sums.append(values.sum() if plan is None else (values[plan.indices] * plan.weights).sum())
     estimates = torch.stack(sums)
@@ -90,15 +90,15 @@ def test_weights_are_the_inverse_of_the_chances(policy: PruningPolicy):
     if not policy.unbiased:
         return
     times, weights = torch.zeros(N), torch.ones(N)
-    for seed in range(3000):
+    for seed in range(DRAWS):
         plan = drawn(policy, seed)
         if plan is None:
             return
         times[plan.indices] += 1
         weights[plan.indices] = plan.weights
-    chances = times / 3000
+    chances = times / DRAWS
     # Of 60 samples none is farther off than five standard errors.
-    assert torch.all((chances - 1 / weights).abs() <= 5 * (chances * (1 - chances) / 3000).sqrt() + 1e-6)
+    assert torch.all((chances - 1 / weights).abs() <= 5 * (chances * (1 - chances) / DRAWS).sqrt() + 1e-6)
 
 
 @pytest.mark.parametrize("multiple_of", [1, 2, 5, 7])
