@@ -16,6 +16,8 @@ ROOMS = {
     "diffusion": "test_diffusion",
     "engine": "test_engine",
     "losses": "test_losses",
+    "report": "test_report",
+    "forecast": "test_forecast",
 }
 
 #: Tests that many faults of a room are likely to fail.
@@ -40,6 +42,7 @@ FAMILIES = (
     "test_loop/test_infobatch.py::test_long_trainings_agree_with_the_twin"
 )
 DRAWS = "test_core/test_systematic.py test_policies/test_contract.py"
+WORTH = "test_core/test_worth.py test_core/test_forecast_holds.py"
 TARGETS = "test_policies test_engine/test_variance.py test_core/test_annealed.py"
 NORMS = "test_loop/test_gradient.py test_losses/test_gradient_scores.py test_diffusion/test_gradient.py"
 STATISTICS = "test_core/test_recalibration.py test_engine/test_recalibration.py"
@@ -74,6 +77,14 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "core/worth.py": [
         ("worth-of-plain-norms", DRAWS, "squares = np.square(norms, dtype=np.float64)", "squares = np.asarray(norms)"),
+        ("length-is-worth", WORTH, "worth.cost * (1 + noise) / (1 + noise / worth.efficiency)",
+         "worth.cost * worth.efficiency"),
+        ("length-is-cost", WORTH, "worth.cost * (1 + noise) / (1 + noise / worth.efficiency)", "worth.cost"),
+        ("many-samples-by-a-stride", WORTH, "np.sort(np.random.default_rng(length).integers(0, length, _ENOUGH))",
+         "np.arange(0, length, length // _ENOUGH)"),
+        ("unseen-samples-of-no-size", WORTH, "np.where(seen, norms, norms.mean(where=seen, dtype=np.float64))",
+         "np.where(seen, norms, 0.0)"),
+        ("cost-asked-for", WORTH, "return Worth(cost, None if", "return Worth(self.cost, None if"),
     ],
     "core/annealed.py": [
         ("annealing-one-pass-late", CHEAP, "progress < self.delta - 1e-9", "progress <= self.delta + 1e-9"),
@@ -82,12 +93,13 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     ],
     "core/sample_norms.py": [
         ("norm-times-weight", NORMS, "norms = self._squares.sqrt() / self._factors", "norms = self._squares.sqrt()"),
-        ("loss-scale-kept", NORMS, "(unit.float() / self._upstream).square()", "unit.float().square()"),
+        ("loss-scale-kept", NORMS, "return gradient / self._upstream", "return gradient"),
+        ("half-precision-divided-as-it-is", NORMS, "if gradient.dtype == torch.float16:\n            gradient =",
+         "if False:\n            gradient ="),
         ("every-backward-pass-adds-up", NORMS, "if self._come >= self._watched:", "if False:"),
         ("bias-left-out", NORMS, "* (_sum_of_squares(inputs) + (layer.bias is not None))", "* _sum_of_squares(inputs)"),
-        ("kernel-seen-in-one-place", NORMS, "parts.append(part)", "parts = [part]"),
-        ("overflow-taken-for-a-norm", NORMS, "torch.isfinite(norms) & (self._norms == self._norms)",
-         "(self._norms == self._norms)"),
+        ("kernel-seen-in-one-place", NORMS, "        parts.append(part)\n", "        parts = [part]\n"),
+        ("overflow-taken-for-a-norm", NORMS, "torch.where(both - both == 0, norms, self._norms)", "norms"),
     ],
     "core/last_layer.py": [
         ("the-last-call-is-taken", NORMS, "if len(fitting) != 1 or self._proofs < _PROOFS:", "if False:"),
@@ -207,6 +219,10 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
          "test_core/test_torch_ddp.py::test_processes_that_disagree_are_all_told_both_values",
          "if theirs[name] != value:", "if False:"),
     ],
+    "policies/auto.py": [
+        ("bar-not-asked", WORTH, "limit(norms) < self.bar", "False"),
+        ("bar-the-wrong-way", WORTH, "if limit >= self.bar:", "if limit < self.bar:"),
+    ],
     "policies/infobatch.py": [
         ("mean-itself-is-well-learned", FAMILIES, "(scores < threshold) & seen", "(scores <= threshold) & seen"),
         ("unseen-are-well-learned", FAMILIES, "(scores < threshold) & seen", "(scores < threshold)"),
@@ -216,6 +232,27 @@ FAULTS: dict[str, list[tuple[str, str, str, str]]] = {
     "policies/random.py": [
         ("random-spares-unseen", FAMILIES,
          "Thinning(torch.ones_like(snapshot.seen), ratio)", "Thinning(snapshot.seen, ratio)"),
+    ],
+    "report/statistics.py": [
+        ("interval-of-one-side", "", "(1 + level) / 2, count - 1", "level, count - 1"),
+        ("degrees-of-freedom", "", "(1 + level) / 2, count - 1", "(1 + level) / 2, count"),
+        ("one-arm-among-many", "", "return 1 - _ERROR / num_arms", "return 1 - _ERROR"),
+        ("rounding-is-spread", "", "spread <= _ROUNDING * max(scale, *map(abs, differences))", "spread == 0"),
+    ],
+    "report/verdicts.py": [
+        ("lossless-by-the-better-end", "", "if gain.low > -margin:", "if gain.high > -margin:"),
+        ("higher-is-better-always", "", "gain = interval.negated() if lower_is_better else interval",
+         "gain = interval"),
+        ("easier-controls-are-fair", "", "if fewest is not None and not is_worse", "if False and not is_worse"),
+    ],
+    "forecast/estimates.py": [
+        ("own-visits-count-as-pairs", "", "(square_of_sum - repeats @ squares)", "square_of_sum"),
+        ("limit-by-one-visit", "", "same = _means(norms[:, 0] * norms[:, 1], counts)",
+         "same = _means(norms[:, 0] ** 2, counts)"),
+        ("noise-of-all-visits", "", "/ 4\n    exact", "\n    exact"),
+    ],
+    "forecast/calibration.py": [
+        ("a-curve-that-knows-its-sample", "", "others = fold != place", "others = fold > -1"),
     ],
     "scores/ema.py": [
         ("ema-without-its-correction", SCORES, "(1 - decay) / (1 - decay ** times[at])", "(1 - decay) + 0 * times[at]"),
