@@ -79,7 +79,7 @@ demo-ldm: demo-shapes work_dirs/demo-ldm/first_stage/config.json
 
 # Two tests at a time, each with one thread.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

@@ -226,9 +226,7 @@ def kill_at_random(stage: Stage, setting: Setting, lives_of: list[int], seed: st
     "setting",
     [
         Setting(workers=2, interval=4, keep=1),
-        pytest.param(
-            Setting(epochs=True, accumulate=3, ema=True, interval=2, schedule="one cycle"), marks=pytest.mark.slow
-        ),
+        Setting(epochs=True, accumulate=3, ema=True, interval=2, schedule="one cycle"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from .toy import EPOCHS, config, train
 DEMO = Path(__file__).parents[2] / "configs/demo/fcn_r18-tiny_1xb8-1k_demo-96x96.py"
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("loop", ["iter", "epoch"])
 def test_policy_none_changes_nothing(scenes: Path, tmp_path: Path, loop: str, workers: int) -> None:
     overrides = dict(EPOCHS) if loop == "epoch" else {"train_cfg.max_iters": 40}

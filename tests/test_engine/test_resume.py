@@ -47,7 +47,7 @@ def straight_run(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     return run
 
 
-SHORT = {("iter", 0, 12, 6), ("epoch", 0, 17, 5)}
+SHORT = {("iter", 0, 12, 6), ("iter", 2, 17, 5), ("epoch", 0, 17, 5)}
 
 
 @pytest.mark.parametrize(
