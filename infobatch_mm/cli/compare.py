@@ -175,7 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a config, unpruned and pruned, and compare")
     parser.add_argument("unpruned", type=Path, help="config of the unpruned run")
     parser.add_argument("pruned", type=Path, nargs="*", help="the same config with the one line, an arm each")
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/comparison"))
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        default=Path("work_dirs/comparison"),
+        help="where the arms and the results go (default: work_dirs/comparison)",
+    )
     add_statistics_arguments(parser)
     parser.add_argument("--then", type=Path, help="config of a fine-tuning from each run's last checkpoint")
     parser.add_argument("--then-options", nargs="+", default=[], help="overrides for the fine-tunings")
@@ -184,7 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     better.add_argument(
         "--lower-is-better", action="store_true", default=None, help="as of metrics with the word 'loss' in their name"
     )
-    better.add_argument("--higher-is-better", dest="lower_is_better", action="store_false", default=None)
+    better.add_argument(
+        "--higher-is-better",
+        dest="lower_is_better",
+        action="store_false",
+        default=None,
+        help="also of metrics that have",
+    )
     parser.add_argument(
         "--cfg-options",
         nargs="+",

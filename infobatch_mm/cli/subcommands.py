@@ -31,7 +31,7 @@ class Subcommand:
 SUBCOMMANDS = {
     "train": Subcommand("train a model from a config of MMEngine", "train", "mm"),
     "test": Subcommand("evaluate a checkpoint by the test settings of its config", "test", "mm"),
-    "compare": Subcommand("train a pair of configs, unpruned and pruned, and compare", "compare", "mm"),
+    "compare": Subcommand("train a config without and with pruning, and compare", "compare", "mm"),
     "plan": Subcommand("forecast what pruning is worth on a training, from a checkpoint", "plan", "mm"),
     "train-autoencoder": Subcommand(
         "train a first stage of latent diffusion on images", "train_autoencoder", "diffusers"

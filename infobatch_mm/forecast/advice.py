@@ -19,7 +19,8 @@ def advice(found: Forecast) -> str:
     if limit.value < BAR:
         return (
             f"no unbiased pruning can save more than {shorter:.0%} of a run that is as good "
-            f"(limit {_shown(limit, '.2f')}): train {shorter:.0%} shorter"
+            f"(limit {_shown(limit, '.2f')}): to save as many visits, train {shorter:.0%} shorter, and measure what "
+            "that costs"
         )
     if found.most.value < BAR:
         return (
@@ -29,9 +30,7 @@ def advice(found: Forecast) -> str:
         )
     best = _best(found)
     if best is None:
-        return (
-            f"gradients differ (limit {_shown(limit, '.2f')}), but no score of them is known: no draw can follow them"
-        )
+        return f"gradients differ (limit {_shown(limit, '.2f')}), but no last layer is known: only losses rank samples"
     assert best.equal_length is not None and best.efficiency is not None
     what = (
         f"draws by gradient at a saving of {best.saving:.0%} are worth {_shown(best.equal_length, '.0%')} of a full "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +14,7 @@ from .forecast import Forecast
 from .table import WAYS, Row
 from .whole import Whole
 
-_WAYS = {**WAYS, "score": "scores of the run", "calibrated": "loss, calibrated"}
+_WAYS = {**WAYS, "score": "scores of the run"}
 
 
 def show(found: Forecast, console: Console) -> None:
@@ -54,16 +54,16 @@ def _show_whole(whole: Whole, num_samples: int, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_table(whole.rows, whole.checks))
+    console.print(_table(whole.rows, whole.checks, {**_WAYS, "calibrated": "scores, calibrated"}))
 
 
-def _table(rows: Sequence[Row], checks: Sequence[Estimate] | None = None) -> Table:
+def _table(rows: Sequence[Row], checks: Sequence[Estimate] | None = None, ways: Mapping[str, str] = _WAYS) -> Table:
     shown = Table("policy", "goes by", "cost", "worth", "efficiency", "as good as a full run of length")
     if checks is not None:
         shown.add_column("efficiency by true gradients")
     for place, row in enumerate(rows):
         worth = row.worth
-        cells = [row.policy, _WAYS[row.way], f"{worth.cost:.2f}", "-" if worth.worth is None else f"{worth.worth:.2f}"]
+        cells = [row.policy, ways[row.way], f"{worth.cost:.2f}", "-" if worth.worth is None else f"{worth.worth:.2f}"]
         cells += ["-" if each is None else _shown(each, ".2f") for each in (row.efficiency, row.equal_length)]
         shown.add_row(*cells, *([] if checks is None else [_shown(checks[place], ".2f")]))
     return shown

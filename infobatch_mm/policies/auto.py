@@ -71,5 +71,6 @@ class AutoPolicy(VariancePolicy):
         return (
             "policy 'auto' visits every sample",
             f"by the scores, the limit is {limit:.2f}, below bar={self.bar}. No unbiased pruning can save more than "
-            f"{most} of a run that is as good: to save that, train {most} shorter",
+            f"{most} of a run that is as good: to save as many visits, train {most} shorter, and measure what that "
+            "costs",
         )

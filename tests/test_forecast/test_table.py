@@ -96,7 +96,7 @@ def of(limit: float, noise_scale: float, low: float = 1.2) -> Forecast:
 
 def test_the_advice_says_which_case_it_is() -> None:
     assert advice(of(1.25, INF)).startswith("no unbiased pruning can save more than 20% of a run that is as good")
-    assert advice(of(1.25, INF)).endswith("train 20% shorter")
+    assert advice(of(1.25, INF)).endswith("to save as many visits, train 20% shorter, and measure what that costs")
     assert "gradients are of one size" in advice(of(1.0, INF))
     assert "noise does not limit here" in advice(of(3.0, 1.6)) and "0.1" in advice(of(3.0, 1.6))
     paying = advice(of(3.0, 1600.0))

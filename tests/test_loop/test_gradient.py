@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from infobatch_mm import InfoBatch
 from infobatch_mm.core.rng import generator
-from infobatch_mm.core.sample_norms import layer_squares
+from infobatch_mm.core.sample_norms import SampleNorms, layer_squares
 from infobatch_mm.core.systematic import proportional
 from infobatch_mm.core.worth import cost, worth
 
@@ -325,3 +325,14 @@ def test_models_in_double_precision_have_scores_as_well(name: str):
     task.x, task.noise = task.x.double(), task.noise.double()
     scores = scores_of(walked(task, 1, learns=False, layer=True))
     assert scores == pytest.approx(scores_of(walked(Task(name), 1, learns=False, layer=True)), rel=1e-3)
+
+
+def test_small_gradients_of_half_precision_outlive_the_division_by_their_scale():
+    outputs = torch.full((2, 4), 0.5, dtype=torch.float16, requires_grad=True) * 1
+    norms = SampleNorms()
+    norms.watch_outputs(outputs)
+    losses = 1e-7 * outputs.float().sum(1)  # a gradient of 1e-7 is no number of float16
+    objective = losses.sum()
+    found = norms.expect(losses, torch.ones(2), objective)
+    (objective * 2.0**14).backward()
+    assert found.tolist() == pytest.approx([2e-7, 2e-7], rel=1e-2)

@@ -45,7 +45,13 @@ class Request:
 
 def add_statistics_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of both commands that compare: seeds, controls, and what verdicts need."""
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of each arm for each of them")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="one run of each arm for each of them; verdicts take two or more (default: 0)",
+    )
     parser.add_argument(
         "--controls",
         nargs="*",
