@@ -105,3 +105,19 @@ def test_efficiency_is_worth_over_cost() -> None:
     squares, chances = np.array([[1.0, 1.0], [9.0, 9.0]]), np.array([[0.25, 0.25], [0.75, 0.75]])
     assert efficiencies(squares, chances, once(2))[0] == pytest.approx((10 / (4 + 12)) / 0.5)
     assert efficiencies(np.zeros((2, 2)), chances, once(2))[0] == pytest.approx(1.0)
+
+
+def test_noise_scales_of_resamples_are_of_all_their_pairs() -> None:
+    size, dims = 12, 3
+    gradients = np.random.default_rng(3).normal(size=(size, 2, dims)) + 1.0
+    counts = resampled(size, 0)[:4]
+    found = noise_scales(measured(gradients), counts)
+    means = gradients.mean(1)
+    for row, times in enumerate(counts):
+        pairs = [(i, j) for i in range(size) for j in range(size) if i != j]
+        weights = np.array([times[i] * times[j] for i, j in pairs])
+        products = np.array([means[i] @ means[j] for i, j in pairs])
+        same = (times @ (gradients[:, 0] * gradients[:, 1]).sum(1)) / size
+        squared = (weights @ products) / weights.sum() * (1 - 1 / size) + same / size
+        mean_square = (times @ (gradients**2).sum(2).mean(1)) / size
+        assert found[row] == pytest.approx((mean_square - squared) / squared, rel=1e-4)
