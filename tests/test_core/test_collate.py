@@ -1004,9 +1004,8 @@ def test_sorting_is_refused_in_workers_too(workers: int, context: str | None, pe
     ("function", "workers", "context", "persistent"),
     [
         *((masked, *workers) for workers in (WORKERS[0], *WORKERS[2:])),
-        (decorated, *WORKERS[2]),
-        pytest.param(masked, *WORKERS[1], marks=pytest.mark.slow),
-        *(pytest.param(decorated, *WORKERS[place], marks=pytest.mark.slow) for place in (0, 1, 3)),
+        *((decorated, *workers) for workers in WORKERS[:3]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((masked, *WORKERS[1]), (decorated, *WORKERS[3]))),
     ],
 )
 def test_order_is_kept_in_workers_too(function: Callable, workers: int, context: str | None, persistent: bool):

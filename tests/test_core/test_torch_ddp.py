@@ -202,7 +202,6 @@ def test_killed_and_resumed_ends_with_the_same_bits(two: Done, killed: Done, tmp
     assert ours["history"] == theirs["history"]
 
 
-@pytest.mark.slow  # test_engine/test_ranks.py resumes on other numbers of processes
 def test_resumed_on_more_processes_visits_the_very_same_rest(two: Done, killed: Done, tmp_path: Path):
     resumed = resume(killed, tmp_path, 4)
     saved = killed.checkpoint["infobatch"]
@@ -214,7 +213,6 @@ def test_resumed_on_more_processes_visits_the_very_same_rest(two: Done, killed: 
     assert apart <= TOLERANCE
 
 
-@pytest.mark.slow
 def test_resumed_with_another_global_batch_keeps_scores_and_progress(killed: Done, tmp_path: Path):
     before = killed.checkpoint["infobatch"]
     resumed = resume(killed, tmp_path, 2, "--batch-size", "4")

@@ -92,7 +92,6 @@ def test_without_pruning_it_is_the_original_script(pictures: Path, tmp_path: Pat
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) <= 1e-6
 
 
-@pytest.mark.slow  # the next one is killed on two processes
 def test_killed_in_a_pass_and_resumed_it_ends_with_the_same_bits(pictures: Path, tmp_path: Path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run_with_journal(EXAMPLE, straight, 0, where(pictures, straight))

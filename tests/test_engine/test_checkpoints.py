@@ -40,7 +40,7 @@ def books(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("loop", "by_epoch"),
-    [("iter", False), *(pytest.param("epoch", each, marks=pytest.mark.slow) for each in (False, True))],
+    [("iter", False), pytest.param("epoch", False, marks=pytest.mark.slow), ("epoch", True)],
 )
 def test_resume_beside_save_best_and_max_keep_ckpts_is_exact(
     scenes: Path, tmp_path: Path, loop: str, by_epoch: bool
@@ -173,9 +173,7 @@ def test_resuming_a_best_checkpoint_says_what_it_lacks(scenes: Path, tmp_path: P
 # ---- the same run in other batches, or in another schedule ---------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [*(pytest.param(*each, marks=pytest.mark.slow) for each in ((4, 2), (2, 4))), (4, 3)]
-)
+@pytest.mark.parametrize(("before", "after"), [pytest.param(4, 2, marks=pytest.mark.slow), (2, 4), (4, 3)])
 def test_another_batch_size_keeps_scores_and_progress_of_an_iteration_loop(
     scenes: Path, tmp_path: Path, before: int, after: int
 ) -> None:
@@ -202,7 +200,7 @@ def test_another_batch_size_keeps_scores_and_progress_of_an_iteration_loop(
     assert 0 < summary["saved_ratio"] < 0.5
 
 
-@pytest.mark.parametrize("policy", ["infobatch", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("policy", ["infobatch", "none"])
 @pytest.mark.parametrize(
     ("first", "second", "third"),
     [(4, 2, 4), pytest.param(2, 4, 2, marks=pytest.mark.slow), pytest.param(4, 2, 2, marks=pytest.mark.slow)],
@@ -228,8 +226,8 @@ def test_batch_sizes_may_change_again_and_again(
 @pytest.mark.parametrize(
     ("before", "after", "per_iteration"),
     [
+        (4, 2, True),
         (2, 4, False),
-        pytest.param(4, 2, True, marks=pytest.mark.slow),
         pytest.param(4, 2, False, marks=pytest.mark.slow),
         pytest.param(2, 4, True, marks=pytest.mark.slow),
     ],

@@ -53,7 +53,7 @@ def short(schedulers: dict[str, Any], *names: str) -> list[Any]:
     return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in schedulers]
 
 
-@pytest.mark.parametrize("name", short(ITER_SCHEDULERS, "warm-up then poly"))
+@pytest.mark.parametrize("name", short(ITER_SCHEDULERS, "warm-up then poly", "one cycle"))
 def test_iteration_loop_equals_the_host_at_every_pass_boundary(scenes: Path, tmp_path: Path, name: str) -> None:
     schedulers = [dict(s, by_epoch=False) for s in ITER_SCHEDULERS[name]]
     host_runner, host = train(config(scenes, tmp_path / "host", custom_hooks=[], param_scheduler=schedulers))
@@ -70,7 +70,7 @@ def test_iteration_loop_equals_the_host_at_every_pass_boundary(scenes: Path, tmp
     assert ours.momenta[-1] == pytest.approx(host.momenta[-1], rel=0.1)
 
 
-@pytest.mark.parametrize("name", short(EPOCH_SCHEDULERS, "mixed"))
+@pytest.mark.parametrize("name", short(EPOCH_SCHEDULERS, "mixed", "momentum"))
 def test_epoch_loop_equals_the_host_at_every_pass_boundary(scenes: Path, tmp_path: Path, name: str) -> None:
     overrides = {**EPOCHS, "param_scheduler": EPOCH_SCHEDULERS[name]}
     _, host = train(config(scenes, tmp_path / "host", custom_hooks=[], **overrides))
