@@ -109,9 +109,10 @@ class _Comparison:
         request, metric = self._request, self._asked.metric
         rows = list(self._rows.values())
         numbers = means(metric, self._rows) if len(rows) > 1 else self._of_one(request.seeds[0])
-        told = account(self._asked, self._rows, self._family.opponents, self._family.left_out, self._settings(), argv)
+        opponents, left_out = self._family.opponents, self._family.left_out
+        found = judged(self._asked, self._rows, opponents)
+        told = account(self._asked, self._rows, opponents, found, left_out, self._settings(), argv)
         self._keep(request.work_dir / "comparison.json", {**numbers, **told})
-        found = judged(self._asked, self._rows, self._family.opponents)
         lower = self._asked.lower_is_better
         if len(rows) > 1:
             title = f"{request.unpruned.stem}, mean ± standard deviation of {len(rows)} seeds"

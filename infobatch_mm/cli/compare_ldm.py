@@ -127,9 +127,9 @@ def _conclude(args: argparse.Namespace, seeds: dict[int, Rows], family: Family, 
     first = args.work_dir / f"seed-{args.seeds[0]}"
     names = {name: folder_of(name) for name in seeds[args.seeds[0]]}
     settings = {name: json.loads((first / folder / "options.json").read_text()) for name, folder in names.items()}
-    told = account(asked, seeds, family.opponents, family.left_out, settings, argv)
-    result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
     found = judged(asked, seeds, family.opponents)
+    told = account(asked, seeds, family.opponents, found, family.left_out, settings, argv)
+    result: dict[str, Any] = {str(seed): rows for seed, rows in seeds.items()}
     if len(seeds) > 1:
         result = {**means(METRIC, seeds), "by_seed": result}
         picture = args.work_dir / "verdicts.png"

@@ -11,7 +11,7 @@ from .plan import Plan
 from .policy import PruningPolicy
 from .schedule import Schedule
 from .store import ScoreStore
-from .worth import FIGURES, Worth, enough, filled_norms, pass_worth
+from .worth import FIGURES, Worth, pass_worth, sampled_norms
 
 
 class Books:
@@ -157,9 +157,7 @@ class Books:
     @property
     def full_worth(self) -> Worth | None:
         """What a full pass is worth by the scores so far; None where they do not tell."""
-        where = enough(len(self.store.seen))
-        scores, seen = (each.numpy()[where] for each in (self.store.values, self.store.seen))
-        norms = filled_norms(scores, seen, self.store.rule.norms)
+        norms = sampled_norms(self.store.values.numpy(), self.store.seen.numpy(), self.store.rule.norms)
         return None if norms is None else pass_worth(norms)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from .chances import Chances, Thinning
 from .checks import plain
 from .plan import Plan
-from .worth import as_norms, enough, filled_norms, pass_worth
+from .worth import as_norms, enough, pass_worth, sampled_norms
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Snapshot:
     norms_of: Callable[[np.ndarray], np.ndarray | None] = as_norms
 
     def norms(self) -> np.ndarray | None:
-        """Root mean square norm of each sample's gradient, as far as scores tell.
+        """Root mean square norms of the gradients of enough samples for a mean, as far as scores tell.
 
         Returns:
-            ndarray: Shape ``(N,)``, float; of samples without a score the mean of the others. None where scores say
-            nothing of norms, or there is none.
+            ndarray: Shape ``(n,)``, float, of the samples of :func:`.enough`; of ones without a score the mean of the
+            others. None where scores say nothing of norms, or there is none.
         """
-        return filled_norms(self.scores.numpy(), self.seen.numpy(), self.norms_of)
+        return sampled_norms(self.scores.numpy(), self.seen.numpy(), self.norms_of)
 
     def some(self) -> Snapshot:
         """The same of enough samples for a mean."""
@@ -149,7 +149,7 @@ class PruningPolicy(ABC):
         if fault is not None:
             raise ValueError(f"policy {self.name!r} ({type(self).__qualname__}) gave chances that cannot be: {fault}")
         plan = found.drawn(generator, multiple_of)
-        if plan is None or (norms := snapshot.some().norms()) is None:
+        if plan is None or (norms := snapshot.norms()) is None:
             return plan
         weighted = self.rescale != "none" and getattr(found, "weighted", True)
         return replace(plan, worth=pass_worth(norms, found.by_sample(enough(len(snapshot.seen))), weighted))

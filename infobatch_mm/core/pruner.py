@@ -55,7 +55,7 @@ class Pruner(Training):
             if plan.worth is not None:
                 share = min(1.0, len(plan) / max(1, self.schedule.full_visits(self.pass_index)))
                 # A policy that draws by itself does not know what the scores tell.
-                plan = replace(plan, worth=None if self.full_worth is None else plan.worth.paying(share))
+                plan = replace(plan, worth=plan.worth.paying(share) if self.store.rule.tells_norms else None)
             self._set_plan(plan if self.shuffle else plan.sorted())
         assert self.plan is not None
         return self.plan

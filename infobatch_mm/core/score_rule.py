@@ -84,6 +84,11 @@ class ScoreRule(ABC):
         """
         return as_norms(scores)
 
+    @property
+    def tells_norms(self) -> bool:
+        """Whether its scores say anything of norms."""
+        return self.norms(np.ones(1, np.float32)) is not None
+
     @abstractmethod
     def fold(self, columns: Columns, where: np.ndarray, losses: np.ndarray) -> None:
         """Write new losses into the scores.

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 from torch import Tensor
 
 from .books import Books
@@ -77,7 +76,7 @@ class Training(Books, ABC):
         self.fingerprint = fingerprint
         self.item_seed = item_seed
         check_names(self)
-        if policy.needs_norms and store.rule.norms(np.ones(1, np.float32)) is None:
+        if policy.needs_norms and not store.rule.tells_norms:
             raise ValueError(
                 f"policy {policy.name!r} goes by what passes are worth, which score={store.score!r} does not tell: it "
                 "is no norm of a gradient; use score='gradient' or the loss ('raw'), or say how much by prune_ratio"

@@ -141,6 +141,14 @@ def filled_norms(
     return np.where(seen, norms, norms.mean(where=seen, dtype=np.float64))
 
 
+def sampled_norms(
+    scores: np.ndarray, seen: np.ndarray, norms_of: Callable[[np.ndarray], np.ndarray | None]
+) -> np.ndarray | None:
+    """:func:`filled_norms` of enough samples for a mean, the ones of :func:`enough`."""
+    where = enough(len(seen))
+    return filled_norms(scores[where], seen[where], norms_of)
+
+
 def enough(length: int) -> slice | np.ndarray:
     """Enough of so many samples for a mean: all, or random ones, the same each time and on every process.
 

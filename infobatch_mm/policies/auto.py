@@ -59,7 +59,7 @@ class AutoPolicy(VariancePolicy):
         return {**super().settings(), "bar": self.bar}
 
     def chances(self, snapshot: Snapshot) -> Chances | Thinning | None:
-        norms = snapshot.some().norms()
+        norms = snapshot.norms()
         return None if norms is None or limit(norms) < self.bar else super().chances(snapshot)
 
     def remark(self, limit: float | None) -> tuple[str, str] | None:

@@ -56,6 +56,7 @@ def account(
     asked: Question,
     seeds: Mapping[int, Rows],
     opponents: Mapping[str, Mapping[str, str]],
+    found: Sequence[Verdict],
     left_out: Sequence[str],
     settings: Mapping[str, Any],
     argv: Sequence[str] | None,
@@ -66,6 +67,7 @@ def account(
         asked (Question): By what arms are compared.
         seeds (Mapping[int, Rows]): The rows of each seed.
         opponents (Mapping): For each pruned arm, the name of what it is compared with, by its kind.
+        found (Sequence[Verdict]): What :func:`judged` found.
         left_out (Sequence[str]): Controls that could not be trained, and why.
         settings (Mapping): All settings of each arm, by name.
         argv (Sequence[str], optional): Arguments of the command. Defaults to this process's own.
@@ -73,7 +75,6 @@ def account(
     Returns:
         dict: For ``comparison.json``.
     """
-    found = judged(asked, seeds, opponents)
     return {
         "seeds": list(seeds),
         "margin": asked.margin,
