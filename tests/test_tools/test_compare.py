@@ -62,9 +62,7 @@ def short(cfg: Config, visits: int) -> Config:
     return merged(path, options)
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def test_iterations_are_shortened_after_the_warm_up() -> None:

@@ -18,25 +18,9 @@ from infobatch_mm.cli.comparison.sharing import assign
 from infobatch_mm.cli.comparison.specs import check_names, check_spec, parse_spec
 from infobatch_mm.cli.config import merged
 
+from .comparing import config
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-def config(tmp_path: Path, **changes: Any) -> Config:
-    """4 epochs of 100 samples in batches of 8."""
-    return Config(
-        {
-            "train_cfg": dict(by_epoch=True, max_epochs=4),
-            "train_dataloader": dict(batch_size=8, dataset=dict(type="Any", data_root=str(tmp_path))),
-            "optim_wrapper": dict(optimizer=dict(type="SGD", lr=0.1)),
-            "param_scheduler": [dict(type="CosineAnnealingLR", T_max=4)],
-            "default_hooks": dict(logger=dict(type="LoggerHook")),
-            "val_evaluator": dict(type="Accuracy"),
-            **changes,
-        }
-    )
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 # ---- as they are typed -------------------------------------------------------------------------------------------

@@ -23,12 +23,9 @@ from infobatch_mm.cli.comparison.request import Request
 from infobatch_mm.cli.comparison.sharing import assign, reasons_against
 from infobatch_mm.cli.config import merged
 
-from .test_compare_command import Trainings, compare, config
+from .comparing import Trainings, compare, config
 
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 @pytest.fixture

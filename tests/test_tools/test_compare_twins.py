@@ -16,14 +16,12 @@ from infobatch_mm.cli.comparison.configs import untwinned
 from infobatch_mm.cli.comparison.settings import as_plain
 from infobatch_mm.cli.comparison.specs import check_spec, parse_spec, parse_specs
 
-from .test_compare_command import Trainings, compare, config
+from .comparing import Trainings, compare, config
 
 HOOK = dict(type="InfoBatchHook", prune_ratio=0.5)
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 def leave(name: str, **changes: Any) -> str:
